@@ -1,0 +1,130 @@
+"""The house: a file imports only from lower floors, the engine needs NumPy only, and a file has one job."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "refqlora"
+FLOORS = {
+    "backend": 0,
+    "codebooks": 1,
+    "config": 1,
+    "functional": 1,
+    "quantize": 2,
+    "kv_cache": 2,
+    "lora": 3,
+    "optim": 3,
+    "checkpoint": 4,
+    "model": 5,
+    "data": 5,
+    "corpus": 6,
+    "memory": 6,
+    "training": 6,
+    "generation": 6,
+    "figures": 7,
+    "pretrain": 8,
+    "demo": 8,
+    "finetune": 8,
+    "compare": 9,
+    "cli": 10,
+}
+EXEMPT = {"__init__", "__main__"}
+ENGINE = 6  # the highest floor of the engine
+ORACLES = {"torch", "transformers", "peft", "bitsandbytes", "torchao"}
+MAX_LINES = 350
+
+
+def imports(source):
+    """The dotted names that the source imports, anywhere in it; the package itself as "refqlora"."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:  # one dot is the package; there is nothing above it
+                origin = ".".join(["refqlora"] * node.level + ([origin] if origin else []))
+            for alias in node.names:
+                is_module = origin == "refqlora" and alias.name in FLOORS
+                yield f"{origin}.{alias.name}" if is_module else origin
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+            if called in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def faults(name, source):
+    """What breaks the rules in the module `name`, one line each."""
+    if name in EXEMPT:
+        floor = max(FLOORS.values()) + 1
+    elif name in FLOORS:
+        floor = FLOORS[name]
+    else:
+        return [f"{name}: not in the table of floors"]
+
+    found = []
+    for imported in imports(source):
+        top, _, rest = imported.partition(".")
+        inner = rest.partition(".")[0]
+        # The package's __init__ imports from every floor, so it is above them all.
+        if top == "refqlora" and name not in EXEMPT and FLOORS.get(inner, floor) >= floor:
+            found.append(f"{name} (floor {floor}) imports {imported}, which is not on a lower floor")
+        if floor <= ENGINE and (top in ORACLES or (top == "cupy" and name != "backend")):
+            found.append(f"{name} (floor {floor}) imports {imported}: the engine runs without it")
+        if top in ("pickle", "cPickle", "_pickle", "dill", "cloudpickle"):
+            found.append(f"{name} imports {imported}: reading such a file runs code")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.append(f"{name} line {node.value.lineno}: allow_pickle")
+    lines = source.count("\n")
+    if lines > MAX_LINES:
+        found.append(f"{name}: {lines} lines, over {MAX_LINES}: two jobs")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_file_keeps_the_rules(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    assert faults(name, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault"),
+    [
+        ("quantize", "from .model import Model", "not on a lower floor"),
+        ("quantize", "from .lora import Linear", "not on a lower floor"),
+        ("functional", "from .codebooks import NF4", "not on a lower floor"),
+        ("functional", "def f():\n    from . import model", "not on a lower floor"),
+        ("functional", "import refqlora.model as m", "not on a lower floor"),
+        ("functional", "from refqlora import model", "not on a lower floor"),
+        ("functional", "from refqlora.model import Model", "not on a lower floor"),
+        (
+            "functional",
+            "import importlib\nm = importlib.import_module('refqlora.model')",
+            "not on a lower floor",
+        ),
+        ("cli", "import refqlora", "not on a lower floor"),
+        ("cli", "from . import anything", "not on a lower floor"),
+        ("cli", "from ..elsewhere import anything", "not on a lower floor"),
+        ("model", "try:\n    import torch.nn\nexcept ImportError:\n    pass", "runs without it"),
+        ("memory", "def f():\n    from bitsandbytes.functional import quantize_4bit", "runs without it"),
+        ("quantize", "import cupy", "runs without it"),
+        ("data", "import pickle", "runs code"),
+        ("data", "np.load(file, allow_pickle=True)", "allow_pickle"),
+        ("attic", "", "not in the table"),
+        ("nested.backend", "", "not in the table"),
+        ("cli", "x = 1\n" * (MAX_LINES + 1), "two jobs"),
+    ],
+)
+def test_a_planted_fault_is_found(name, source, fault):
+    found = faults(name, source)
+    assert len(found) == 1
+    assert fault in found[0]
+
+
+def test_what_is_allowed_is_not_a_fault():
+    assert faults("backend", "import cupy") == []
+    assert faults("compare", "import torch\nfrom .model import Model") == []
+    assert faults("lora", "import numpy as np\nfrom . import codebooks\nfrom .quantize import quantize") == []
+    assert faults("__init__", "from .cli import main\nfrom .backend import array_module") == []
+    assert faults("cli", "x = 1\n" * MAX_LINES) == []
