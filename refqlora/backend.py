@@ -1,0 +1,34 @@
+"""Which array module an array belongs to, and what the process can use: the only file that knows about devices."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a numpy.ndarray or a cupy.ndarray: the engine runs on either
+
+
+def array_module(x: Array) -> ModuleType:
+    """The module, numpy or cupy, whose functions work on `x`. If `x` is CuPy's, CuPy has been imported already."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for reuse instead of handing them back to the system; elsewhere do nothing.
+
+    A training step allocates and frees the same large arrays again and again, and fresh pages cost a fault each.
+    The process's memory then stays at its peak, so this is for the command line and for scripts, not for import.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)

@@ -1,0 +1,160 @@
+"""Codebooks: the few values that a code may stand for, derived, float32 and read-only; and which is nearest.
+
+A codebook of 2^b values serves b-bit codes: code i stands for codebook[i] times the block's absmax.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import ndtri
+
+from .backend import Array, array_module
+
+
+def _codebook(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Derive once per argument, and let nobody write into what all share."""
+
+    @functools.cache
+    @functools.wraps(derive)
+    def derived(*args: object, **kwargs: object) -> np.ndarray:
+        values = derive(*args, **kwargs).astype(np.float32)
+        values.flags.writeable = False
+        return values
+
+    return derived
+
+
+def _linspace(start: float, stop: float, n: int) -> np.ndarray:
+    """n even steps as torch takes them in float32: (n,) float32.
+
+    The step is rounded to float32, each half is counted from its own end, and step * i is added without a
+    rounding in between (float64 holds the product exactly). numpy.linspace differs in the last bits.
+    """
+    start, stop = np.float32(start), np.float32(stop)
+    step = np.float64((stop - start) / np.float32(n - 1))
+    i = np.arange(n)
+    return np.where(i < n // 2, start + step * i, stop - step * (n - 1 - i)).astype(np.float32)
+
+
+@_codebook
+def normal_float(bits: int = 4) -> np.ndarray:
+    """NormalFloat: quantiles of N(0, 1), scaled to [-1, 1] and sorted. (2^bits,) float32.
+
+    The quantiles of evenly spaced probabilities: 2^(bits-1) from p down to 1/2, without the 1/2, make the
+    positive side, 2^(bits-1) - 1 the negative; each side has its own spacing and with 0 that makes 2^bits. p
+    stops short of 1, whose quantile is infinite, by half a step of an even split of [0, 1]: the mean of the
+    half steps for 2^bits and for 2^bits - 1 values,
+
+        p = 1 - (1 / (2 * 2^bits) + 1 / (2 * (2^bits - 1))) / 2        to seven decimals.
+
+    So does bitsandbytes' create_normal_map for 4 bits, with 0.9677083 as a literal: equal bit for bit. The
+    decimals matter, since p unrounded is another float32 and moves 12 of the 16 values. Other widths are our
+    generalisation. QLoRA (arXiv 2305.14314) asks for the asymmetric type in section 3; its equation 4, taken
+    literally, is infinite at the ends.
+
+    Raises ValueError unless bits is 2 to 8.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"normal_float: bits must be 2 to 8, got {bits!r}")
+    p = round(1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2, 7)
+    above = ndtri(_linspace(p, 0.5, 2 ** (bits - 1) + 1)[:-1].astype(np.float64))  # (2^(bits-1),)
+    below = -ndtri(_linspace(p, 0.5, 2 ** (bits - 1))[:-1].astype(np.float64))  # (2^(bits-1) - 1,)
+    values = np.sort(np.concatenate([below, [0.0], above])).astype(np.float32)
+    return values / values[-1]
+
+
+@_codebook
+def fp4() -> np.ndarray:
+    """The 4-bit float of bitsandbytes, by code: sign, two exponent bits e, one mantissa bit m. (16,) float32.
+
+        e = 0:  m / 16        otherwise:  (1 + m / 2) * 2^(4 - e)        all divided by the largest, 12
+
+    The exponent runs backwards, so the values are not in the order of their codes; code 8 is a second zero.
+    This is not E2M1. Equal to bitsandbytes' get_4bit_type("fp4") bit for bit.
+    """
+    code = np.arange(16)
+    sign, e, m = code >> 3, code >> 1 & 3, code & 1
+    size = np.where(e == 0, m / 16, (1 + m / 2) * 2.0 ** (4 - e))
+    return (1 - 2 * sign) * size / 12 + 0.0  # adding 0.0 turns -0.0 into 0.0
+
+
+@_codebook
+def int4() -> np.ndarray:
+    """Even spacing: the integers -8 to 7, divided by 7. (16,) float32.
+
+    Absmax scaling sends the largest weight to 7 or -7, as usual for symmetric int4: code 0 is never chosen.
+    """
+    return np.arange(-8, 8) / 7
+
+
+@_codebook
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """The dynamic 8-bit map: the smaller the decade, the fewer its values. (256,) float32, sorted.
+
+    [0.1, 1] is cut into 2^i equal parts (2^(i+1) when unsigned), i = 0..6, and their midpoints are scaled by
+    10^(i-6): fine near 1, and down to 5.5e-7. The signed map is mirrored. 0 and 1 complete the 256, so the
+    signed map begins at -0.993, not at -1; its zero is code 127.
+
+    Dettmers (arXiv 1511.04561; 8-bit optimisers, arXiv 2110.02861). Equal to bitsandbytes'
+    create_dynamic_map bit for bit.
+    """
+    values = [np.float32([0, 1])]
+    for i in range(7):
+        edges = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        part = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [part, -part] if signed else [part]
+    return np.sort(np.concatenate(values))
+
+
+NF4 = normal_float(4)
+FP4 = fp4()
+INT4 = int4()
+DYNAMIC = dynamic_map(signed=True)
+
+
+def nearest(x: Array, codebook: np.ndarray) -> Array:
+    """The code (uint8) of the value nearest to each x (float32, no NaN); a tie goes to the lower value.
+
+        order = argsort(codebook);  values = codebook[order]       # a stable sort
+        thresholds = (values[:-1] + values[1:]) / 2                # float32
+        codes = order[searchsorted(thresholds, x)]                 # as many thresholds as are < x
+
+    On a CPU a table saves the search. The upper 16 bits of a float32 leave it a small interval, with one
+    threshold in it at most: the table gives the threshold and the code below, one comparison does the rest.
+    """
+    xp = array_module(x)
+    if xp is not np:
+        order, thresholds = (xp.asarray(a) for a in _thresholds(codebook.tobytes()))
+        return order[xp.searchsorted(thresholds, x)]
+    below, threshold, order = _nearest_table(codebook.tobytes())
+    upper = (x.view(np.uint32) >> 16).astype(np.intp)
+    codes = below.take(upper, mode="clip")  # nothing is out of range, and "clip" looks no further
+    codes += x > threshold.take(upper, mode="clip")
+    return codes if order is None else order.take(codes, mode="clip")
+
+
+@functools.lru_cache(maxsize=32)
+def _thresholds(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The codes (uint8) in the order of their values, and the midpoints (float32) of neighbours."""
+    book = np.frombuffer(codebook, np.float32)
+    order = np.argsort(book, kind="stable")
+    values = book[order]
+    return order.astype(np.uint8), (values[:-1] + values[1:]) / 2
+
+
+@functools.lru_cache(maxsize=32)
+def _nearest_table(codebook: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """By the upper 16 bits of a float32: how many thresholds are below all such numbers, and the threshold
+    among them (inf if none), each (65536,); then the codes in the order of their values, None if sorted."""
+    order, thresholds = _thresholds(codebook)
+    upper = np.arange(65536, dtype=np.uint32) << 16
+    start, end = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
+    end = np.where(np.isfinite(end), end, start)  # inf's; what a NaN finds does not matter
+    below = np.searchsorted(thresholds, np.minimum(start, end))
+    if (np.searchsorted(thresholds, np.maximum(start, end)) - below).max() > 1:
+        raise ValueError("codebook: two thresholds differ only in the lower 16 bits of their float32")
+    threshold = np.append(thresholds, np.float32(np.inf))[below]
+    return below.astype(np.uint8), threshold, order if (np.diff(order.astype(int)) < 0).any() else None

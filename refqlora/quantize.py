@@ -1,0 +1,325 @@
+"""Blockwise absmax quantisation, packing to 4 bits, and double quantisation (QLoRA, arXiv 2305.14314).
+
+The whole of it, for a float32 tensor x whose size is a multiple of the block size:
+
+    rows = x.reshape(-1, block_size)                   # blocks run over the flat tensor and may span its rows
+    absmax = abs(rows).max(axis=1)                     # one float32 constant a block
+    codes = nearest(rows * (1 / absmax[:, None]))      # the index of the nearest value: see codebooks.nearest
+    packed = codes[0::2] << 4 | codes[1::2]            # two codes a byte, the first in the high nibble
+    back = codebook[codes] * absmax[:, None]
+
+Double quantisation stores absmax itself in 8 bits: less its mean, in blocks of 256, with the dynamic map.
+Below, the same is done by tables, in pieces that fit the cache. The result is that of bitsandbytes on a CPU,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+
+from .backend import Array, array_module
+from .codebooks import DYNAMIC, NF4, nearest
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK = 256  # block size of the second level
+DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+TINY = np.float32(1e-38)  # the least divisor, as in bitsandbytes: its reciprocal is finite
+
+CHUNK = 1 << 17  # elements a step works on: temporaries of 512 KiB stay in the L2 cache
+THREADED = 1 << 21  # elements from which on several threads share the chunks; NumPy releases the GIL
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A 4-bit tensor: n elements of `shape`, in blocks = ceil(n / block_size). ValueError if fields disagree.
+
+    packed         uint8 (ceil(n / 2),): element 2i in the high nibble of byte i, element 2i + 1 in the low
+    absmax         float32 (blocks,); when double-quantised uint8 (blocks,), codes of the dynamic map
+    codebook       float32 (16,), in host memory
+    dtype          of the tensor that was quantised
+    nested_absmax  float32 (ceil(blocks / 256),), and offset, the mean taken off: only when double-quantised
+    """
+
+    packed: Array
+    absmax: Array
+    codebook: np.ndarray
+    shape: tuple[int, ...]
+    block_size: int
+    dtype: np.dtype
+    nested_absmax: Array | None = None
+    offset: np.float32 | None = None
+
+    def __post_init__(self) -> None:
+        nested = self.nested_absmax is not None
+        blocks = _blocks(self.size, self.block_size, "QuantizedTensor")
+        fields = {"packed": (np.uint8, -(-self.size // 2)), "codebook": (np.float32, 16)}
+        fields["absmax"] = (np.uint8 if nested else np.float32, blocks)
+        if nested:
+            fields["nested_absmax"] = (np.float32, _blocks(blocks, NESTED_BLOCK))
+        for field, (dtype, size) in fields.items():
+            x = getattr(self, field)
+            if x.dtype != dtype or x.shape != (size,):
+                expected = f"{np.dtype(dtype)} of shape ({size},), got {x.dtype} of shape {x.shape}"
+                raise ValueError(f"QuantizedTensor of shape {self.shape}: {field} must be {expected}")
+        if nested != (self.offset is not None):
+            raise ValueError("QuantizedTensor: nested_absmax and offset go together")
+
+    @property
+    def size(self) -> int:
+        """Number of elements, n."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def constants_nbytes(self) -> int:
+        """Bytes of the quantisation constants: absmax, and nested_absmax where there is one."""
+        return self.absmax.nbytes + (0 if self.nested_absmax is None else self.nested_absmax.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: packed and constants. Not offset, one number, nor the codebooks, which all share."""
+        return self.packed.nbytes + self.constants_nbytes
+
+    @property
+    def bits_per_param(self) -> float:
+        """8 nbytes / n: 4.126953125 for 4096 x 4096, double-quantised in blocks of 64. 0 if empty."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    def constants(self) -> Array:
+        """absmax as float32 (blocks,), the double quantisation undone."""
+        if self.nested_absmax is None:
+            return self.absmax
+        return dequantize_blockwise(self.absmax, self.nested_absmax, DYNAMIC, NESTED_BLOCK) + self.offset
+
+    def __repr__(self) -> str:
+        nested = "" if self.nested_absmax is None else ", double-quantised"
+        bits = f"{self.bits_per_param:.4g} bits a parameter"
+        return f"QuantizedTensor({self.shape}, {self.dtype}, blocks of {self.block_size}{nested}, {bits})"
+
+
+def quantized_nbytes(size: int, block_size: int = 64, double_quant: bool = True) -> int:
+    """`QuantizedTensor.nbytes` for a tensor of `size` elements, before there is one."""
+    blocks = _blocks(size, block_size, "quantized_nbytes")
+    return -(-size // 2) + (blocks + 4 * _blocks(blocks, NESTED_BLOCK) if double_quant else 4 * blocks)
+
+
+def quantize(
+    w: Array,
+    codebook: np.ndarray = NF4,
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    name: str = "tensor",
+    nested: str = "nearest",
+) -> QuantizedTensor:
+    """Quantise w, of any shape, to 4 bits. All arithmetic is in float32.
+
+    w is float16, bfloat16, float32 or float64. The codebook has 16 float32 values, in any order (NF4, FP4,
+    INT4). `double_quant` quantises the constants as well: see `quantize_constants`, for `nested` too.
+
+    The details are those of bitsandbytes' quantize_4bit on a CPU. A full block is multiplied by 1 / absmax, a
+    last block that is not full is divided by absmax. A divisor below 1e-38 counts as 1e-38: a block of zeros
+    comes back as zeros, a block of smaller weights with an error of at most 1e-38. An odd size is filled up
+    with one 0.0. (FP4 has two zeros: a small positive weight takes code 8, the others code 0. On CUDA it is
+    the negative ones that take 8.)
+
+    Raises ValueError, naming `name`, for another dtype, block size or codebook, and for the first NaN or inf.
+    """
+    _check_codebook(codebook, (16, 16), name)
+    packed, absmax = _quantize(w, codebook, block_size, name, pack=True)
+    constants = quantize_constants(absmax, nested) if double_quant else (absmax, None, None)
+    return QuantizedTensor(packed, constants[0], codebook, w.shape, block_size, w.dtype, *constants[1:])
+
+
+def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Array | None = None) -> Array:
+    """codebook[code] * absmax in float32, then cast to `dtype`: an array of q.shape.
+
+    `out`, a C-contiguous array of q.shape (ValueError if it is not), receives the result in its own dtype.
+    """
+    if out is None:
+        out = array_module(q.packed).empty(q.shape, dtype)
+    elif out.shape != q.shape or not out.flags.c_contiguous:
+        raise ValueError(f"dequantize: out must be C-contiguous, of shape {q.shape}; got {out.shape}")
+    flat, absmax = out.reshape(-1), q.constants()
+    even = q.size // 2 * 2
+    _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])
+    if even < q.size:
+        flat[-1:] = array_module(flat).asarray(q.codebook)[q.packed[-1:] >> 4] * absmax[-1:]
+    return out
+
+
+def quantize_blockwise(x: Array, codebook: np.ndarray, block_size: int, *, name: str = "tensor") -> tuple[Array, Array]:
+    """Quantise x with a codebook of 2 to 256 values: codes uint8 of x's shape, absmax float32 (blocks,).
+
+    The arithmetic and the errors of `quantize`; one code a byte.
+    """
+    _check_codebook(codebook, (2, 256), name)
+    codes, absmax = _quantize(x, codebook, block_size, name, pack=False)
+    return codes.reshape(x.shape), absmax
+
+
+def dequantize_blockwise(
+    codes: Array, absmax: Array, codebook: np.ndarray, block_size: int, dtype: np.dtype | type = np.float32
+) -> Array:
+    """codebook[code] * absmax in float32, then cast to `dtype`: an array of the shape of codes (uint8).
+
+    Raises ValueError if there is not one absmax a block, or a code is not in the codebook.
+    """
+    _check_codebook(codebook, (2, 256), "dequantize_blockwise")
+    blocks = _blocks(codes.size, block_size, "dequantize_blockwise")
+    if absmax.shape != (blocks,):
+        raise ValueError(f"dequantize_blockwise: absmax must have shape ({blocks},), got {absmax.shape}")
+    if len(codebook) < 256 and codes.size and codes.max() >= len(codebook):
+        raise ValueError(f"dequantize_blockwise: code {codes.max()} in a codebook of {len(codebook)} values")
+    out = array_module(codes).empty(codes.shape, dtype)
+    _dequantize(codes.reshape(-1), codebook[:, None], absmax, block_size, out.reshape(-1))
+    return out
+
+
+def quantize_constants(
+    absmax: Array, nested: str = "nearest", offset: np.float32 | None = None
+) -> tuple[Array, Array, np.float32]:
+    """Double quantisation of float32 (blocks,): codes uint8 (blocks,), absmax (ceil(blocks / 256),), offset.
+
+    The offset is the mean, summed in float64 and rounded once (bitsandbytes sums in float32, so its last bit
+    may differ), or the one given. nested="nearest" takes the nearest value of the dynamic map, which is what
+    bitsandbytes does on CUDA; "bitsandbytes" does what it does on a CPU, where a table of 65,536 bins decides:
+    some 0.2 % of the codes are then one off, and a constant equal to the mean has code 131, not 127.
+    """
+    if nested not in ("nearest", "bitsandbytes"):
+        raise ValueError(f'nested must be "nearest" or "bitsandbytes", not {nested!r}')
+    if offset is None:
+        offset = np.float32(float(absmax.mean(dtype=np.float64)) if absmax.size else 0.0)
+    second_level = quantize_blockwise if nested == "nearest" else _binned
+    return *second_level(absmax - offset, DYNAMIC, NESTED_BLOCK), offset
+
+
+def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: bool) -> tuple[Array, Array]:
+    """Codes (n,), or packed (ceil(n / 2),), and absmax (blocks,)."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}; got {x.dtype}")
+    xp = array_module(x)
+    flat = xp.ascontiguousarray(x).reshape(-1)
+    n = flat.size
+    absmax = xp.empty(_blocks(n, block_size, name), np.float32)
+    out = xp.empty(-(-n // 2) if pack else n, np.uint8)
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused below
+    def step(start: int, stop: int) -> None:
+        v = flat[start:stop].astype(np.float32)
+        rows, tail, first = _rows(v, block_size, start)
+        a = absmax[first : first + len(rows)]
+        a[:] = xp.abs(rows).max(axis=1)
+        rows *= (1 / xp.maximum(a, TINY))[:, None]
+        if tail.size:
+            absmax[-1] = xp.maximum(xp.abs(tail).max(), TINY)
+            tail /= absmax[-1]
+        codes = nearest(v, codebook)
+        if not pack:
+            out[start:stop] = codes
+            return
+        if codes.size % 2:
+            codes = xp.concatenate([codes, nearest(xp.zeros(1, np.float32), codebook)])
+        pairs = codes.view("<u2")  # the first of two codes is the lower byte
+        out[start // 2 : -(-stop // 2)] = pairs << 4 | pairs >> 8  # stored modulo 256
+
+    _in_chunks(n, step, xp)
+    if not xp.isfinite(absmax).all():
+        _refuse(x, name)
+    return out, absmax
+
+
+def _dequantize(codes: Array, table: np.ndarray, absmax: Array, block_size: int, out: Array) -> None:
+    """out = table[codes] * absmax, flat; a row of `table` is the 1 or 2 values that a code stands for."""
+    xp = array_module(codes)
+    width = table.shape[1]
+    words = table.view((np.uint32, np.uint64)[width - 1]).reshape(-1)  # a pair is moved as one word
+
+    def step(start: int, stop: int) -> None:
+        v = out[start:stop] if out.dtype == np.float32 else xp.empty(stop - start, np.float32)
+        piece = codes[start // width : stop // width]
+        if xp is np:
+            words.take(piece, out=v.view(words.dtype), mode="clip")
+        else:
+            v[:] = xp.asarray(table)[piece].reshape(-1)
+        rows, tail, first = _rows(v, block_size, start)
+        rows *= absmax[first : first + len(rows), None]
+        if tail.size:
+            tail *= absmax[-1]
+        if v.dtype != out.dtype:
+            out[start:stop] = v
+
+    _in_chunks(out.size, step, xp)
+
+
+def _rows(v: Array, block_size: int, start: int) -> tuple[Array, Array, int]:
+    """Views of the full blocks (blocks, block_size) and of what is left over; the first block's number."""
+    full = v.size // block_size * block_size
+    return v[:full].reshape(-1, block_size), v[full:], start // block_size
+
+
+def _in_chunks(n: int, step: Callable[[int, int], None], xp: ModuleType) -> None:
+    """step(start, stop) over 0..n: at once on a GPU, by chunks on a CPU."""
+    chunk = CHUNK if xp is np else max(n, 1)
+    starts = range(0, n, chunk)
+    stops = [min(start + chunk, n) for start in starts]
+    if xp is np and n >= THREADED and THREADS > 1:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(step, starts, stops))
+    else:
+        for start, stop in zip(starts, stops, strict=True):
+            step(start, stop)
+
+
+def _binned(x: Array, codebook: np.ndarray, block_size: int) -> tuple[Array, Array]:
+    """bitsandbytes' quantize_blockwise on a CPU: 65,536 even bins over [-1, 1], and a code for each.
+
+    A block of zeros has codes 0, and a last block that is not full is treated like the others.
+    """
+    xp = array_module(x)
+    rows = xp.zeros((_blocks(x.size, block_size), block_size), np.float32)
+    rows.reshape(-1)[: x.size] = x
+    absmax = xp.abs(rows).max(axis=1)
+    rows *= (1 / xp.maximum(absmax, np.float32(3e-39)))[:, None]  # theirs overflows below that
+    half, top = np.float32(0.5), np.float32(65535)
+    bins = ((xp.clip(rows, -1, 1) + 1) * half * top + half).astype(np.uint16)
+    centres = 2 * np.arange(65536, dtype=np.float32) / top - 1
+    codes = xp.asarray(nearest(centres, codebook))[bins]
+    codes[absmax == 0] = 0
+    return codes.reshape(-1)[: x.size], absmax
+
+
+@functools.lru_cache(maxsize=32)
+def _pairs(codebook: bytes) -> np.ndarray:
+    """(256, 2) float32: the two values that a packed byte stands for."""
+    book, byte = np.frombuffer(codebook, np.float32), np.arange(256)
+    return np.stack([book[byte >> 4], book[byte & 15]], axis=1)
+
+
+def _blocks(size: int, block_size: int, name: str = "") -> int:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}: block size must be one of {BLOCK_SIZES}, got {block_size!r}")
+    return -(-size // block_size)
+
+
+def _check_codebook(codebook: np.ndarray, sizes: tuple[int, int], name: str) -> None:
+    if codebook.dtype != np.float32 or codebook.ndim != 1 or not sizes[0] <= codebook.size <= sizes[1]:
+        wanted = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else str(sizes[0])
+        found = f"got {codebook.dtype} of shape {codebook.shape}"
+        raise ValueError(f"{name}: the codebook must hold {wanted} values of float32, {found}")
+
+
+def _refuse(x: Array, name: str) -> None:
+    """Raise for the first element that is not finite in float32."""
+    with np.errstate(over="ignore"):
+        bad = int((~array_module(x).isfinite(x.reshape(-1).astype(np.float32))).argmax())
+    at = tuple(int(i) for i in np.unravel_index(bad, x.shape))
+    raise ValueError(f"{name}: {x.reshape(-1)[bad]} at {at}: only what is finite in float32 can be quantised")
