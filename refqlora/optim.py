@@ -1,0 +1,278 @@
+"""AdamW with decoupled weight decay, clipping by the global norm, the learning rate of each step.
+
+AdamW is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, in the order of
+operations of `torch.optim.AdamW`. With the gradient g, the moments m and v, and t = 1, 2, ... the update's
+number:
+
+    p <- p (1 - lr decay)
+    m <- m + (1 - beta1) (g - m)                          the mean of the gradient
+    v <- beta2 v + (1 - beta2) g^2                        the mean of its square
+    p <- p - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Both means start at zero and are therefore too small at first: the two factors 1 - beta^t make up for it.
+Every operation is rounded once, to the dtype of the parameter. Torch on a CPU fuses the last multiplication
+and addition of m and of v, and takes square roots that are not always rounded to nearest: the two agree but
+for the last bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, array_module
+
+# Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
+CPU_BLOCK = 1 << 16
+GPU_BLOCK = 1 << 22
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def adamw_update(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    block: int | None = None,
+) -> None:
+    """One AdamW update in place of p, m and v: flat arrays of one length and one dtype; g is only read.
+
+    `step` counts from 1. The arrays are walked in blocks of `block` elements, so that memory is crossed
+    once, not once per operation. Each element goes by itself: the result has the same bits for every block
+    size.
+    """
+    xp = array_module(p)
+    beta1, beta2 = betas
+    step_size = lr / (1 - beta1**step)
+    root_correction2 = math.sqrt(1 - beta2**step)
+    block = block or (CPU_BLOCK if xp is np else GPU_BLOCK)
+    scratch = xp.empty((2, min(block, p.size)), dtype=p.dtype)
+
+    for start in range(0, p.size, block):
+        pb, gb, mb, vb = (x[start : start + block] for x in (p, g, m, v))
+        a, b = scratch[:, : pb.size]
+        if weight_decay:
+            pb *= 1 - lr * weight_decay
+        xp.subtract(gb, mb, out=a)
+        a *= 1 - beta1
+        mb += a
+        xp.multiply(gb, 1 - beta2, out=a)
+        a *= gb
+        vb *= beta2
+        vb += a
+        xp.sqrt(vb, out=a)
+        a /= root_correction2
+        a += eps  # after the root: inside it, eps would dominate every small gradient
+        xp.multiply(mb, -step_size, out=b)
+        b /= a
+        pb += b
+
+
+class AdamW:
+    """AdamW over named parameters, equal to `torch.optim.AdamW` with the same arguments.
+
+    params        {name: array}, float32 or float64, C-contiguous; `step` changes them in place
+    lr            learning rate, which `step` may override
+    betas, eps    as in the module's docstring
+    weight_decay  decoupled: per update, p shrinks by the factor 1 - lr weight_decay
+    decay         which parameters decay: a predicate on the name, or the names; all if None
+
+    `state` is {"step": updates made so far, "m": {name: array}, "v": {name: array}}, the moments shaped and
+    typed like their parameters. Raises ValueError for a parameter or a setting that cannot be used.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Array],
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: Callable[[str], bool] | Collection[str] | None = None,
+    ) -> None:
+        if not params:
+            raise ValueError("AdamW: no parameters to optimise")
+        for name, p in params.items():
+            if p.dtype not in (np.float32, np.float64):
+                raise ValueError(f"parameter {name}: expected float32 or float64, found {p.dtype}")
+            if not p.flags.c_contiguous:
+                raise ValueError(f"parameter {name}: shape {p.shape} is not C-contiguous, so not updatable in place")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), found {betas}")
+        for setting, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            _check_not_negative(setting, value)
+        if decay is None:
+            decay = params.keys()
+        elif callable(decay):
+            decay = [name for name in params if decay(name)]
+        unknown = sorted(set(decay) - params.keys())
+        if unknown:
+            raise ValueError(f"decay: {unknown[0]} is not a parameter")
+
+        self.params = dict(params)
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.decay = frozenset(decay)
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "m": {name: array_module(p).zeros_like(p) for name, p in params.items()},
+            "v": {name: array_module(p).zeros_like(p) for name, p in params.items()},
+        }
+
+    def step(self, grads: Mapping[str, Array], lr: float | None = None) -> None:
+        """One update of every parameter, in place. `grads` is {name: array}, shaped and typed like `params`.
+
+        Raises ValueError, before anything is changed, for a gradient that is missing, has no parameter, or
+        has another shape or dtype than its parameter. NaN and infinity are let through:
+        `clip_by_global_norm` stops them.
+        """
+        lr = self.lr if lr is None else lr
+        _check_not_negative("lr", lr)
+        for name, p in self.params.items():
+            if name not in grads:
+                raise ValueError(f"parameter {name}: no gradient")
+            _check_like(f"gradient of {name}", grads[name], p)
+        for name in grads:
+            if name not in self.params:
+                raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
+
+        self.state["step"] += 1
+        for name, p in self.params.items():
+            adamw_update(
+                p.reshape(-1),
+                grads[name].reshape(-1),
+                self.state["m"][name].reshape(-1),
+                self.state["v"][name].reshape(-1),
+                step=self.state["step"],
+                lr=lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay if name in self.decay else 0.0,
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the moments: two arrays as large as the parameters."""
+        return sum(x.nbytes for moment in ("m", "v") for x in self.state[moment].values())
+
+    def state_arrays(self) -> dict[str, Array]:
+        """The state, not copied, as a flat dict: "step" (int64, shape ()), "m.<name>", "v.<name>"."""
+        arrays: dict[str, Array] = {"step": np.array(self.state["step"], dtype=np.int64)}
+        for moment in ("m", "v"):
+            arrays |= {f"{moment}.{name}": x for name, x in self.state[moment].items()}
+        return arrays
+
+    def load_state(self, arrays: Mapping[str, Array]) -> None:
+        """Continue from what `state_arrays` gave: the values are copied to where the parameters are.
+
+        Raises ValueError, before anything is changed, for an entry that is missing, unknown, or of another
+        shape or dtype than here, and for a step below 0.
+        """
+        expected = self.state_arrays()
+        for name, mine in expected.items():
+            if name not in arrays:
+                raise ValueError(f"optimiser state {name}: missing")
+            _check_like(f"optimiser state {name}", arrays[name], mine)
+        for name in arrays:
+            if name not in expected:
+                raise ValueError(f"optimiser state {name}: the optimiser has no such entry")
+        step = int(arrays["step"])
+        if step < 0:
+            raise ValueError(f"optimiser state step: expected 0 or more, found {step}")
+
+        self.state["step"] = step
+        for name, mine in expected.items():
+            if name != "step":
+                mine[...] = array_module(mine).asarray(arrays[name])
+
+
+def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
+    """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)); return their norm before that.
+
+    The rule is that of `torch.nn.utils.clip_grad_norm_`: the norm is that of all gradients as one vector,
+    here summed in float64. With max_norm infinite nothing is scaled. Raises FloatingPointError, before
+    anything is changed, if the norm is not finite, naming the first gradient that makes it so; ValueError
+    if max_norm is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm: expected a number above 0, found {max_norm}")
+    total = 0.0
+    for name, g in grads.items():
+        total += _sum_of_squares(g)
+        if not math.isfinite(total):
+            bad = g.size - int(array_module(g).isfinite(g).sum())
+            fault = f"{bad} of {g.size} values are NaN or infinite" if bad else "its square overflows"
+            raise FloatingPointError(f"gradient of {name}: {fault}")
+    norm = math.sqrt(total)
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:
+        for g in grads.values():
+            g *= scale
+    return norm
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int,
+    floor: float = 0.0,
+) -> float:
+    """The learning rate of update `step`, counted from 0.
+
+    It rises in a straight line from 0 at step 0 to `peak` at step `warmup_steps`. Then "constant" stays,
+    while "linear" falls in a straight line and "cosine" along half a wave to `floor` (a rate, not a
+    fraction), reached at step `total_steps` and kept. With floor 0 these are
+    `get_constant_schedule_with_warmup` and its linear and cosine kin in transformers, up to total_steps
+    (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, found {schedule!r}")
+    if not 0 <= floor <= peak < math.inf:
+        raise ValueError(f"floor and peak: expected 0 <= floor <= peak, found floor {floor}, peak {peak}")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), found {warmup_steps}")
+    if step < 0:
+        raise ValueError(f"step: expected 0 or more, found {step}")
+
+    if step < warmup_steps:
+        return peak * (step / warmup_steps)
+    if schedule == "constant":
+        return peak
+    span = max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        left = max(0, total_steps - step) / span
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup_steps) / span)))
+    return floor + (peak - floor) * left
+
+
+def _sum_of_squares(g: Array) -> float:
+    """Sum of g^2 in float64, a block at a time so that no float64 copy of g is made."""
+    xp = array_module(g)
+    flat = g.reshape(-1)
+    block = CPU_BLOCK if xp is np else GPU_BLOCK
+    parts = (flat[start : start + block].astype(np.float64) for start in range(0, flat.size, block))
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller tests the sum, once
+        return float(sum(xp.dot(part, part) for part in parts))
+
+
+def _check_not_negative(setting: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{setting}: expected a finite number, 0 or more, found {value}")
+
+
+def _check_like(what: str, found: Array, expected: Array) -> None:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, found {found.dtype} {found.shape}")
