@@ -1,0 +1,286 @@
+"""The training loop: batches, gradients, clipping, AdamW, evaluation, metrics, and checkpoints that survive a kill.
+
+Everything random is a function of the seed and the step's number: which examples a step sees, and its dropout masks.
+So the state of a run is its step, the trained parameters and the optimiser's moments: one file holds them, and a run
+that is killed and resumed ends with the same bits as one never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .backend import Array, array_module
+from .checkpoint import read_metadata, read_tensors, write_bytes, write_tensors
+from .data import Dataset, batch_indices
+from .functional import IGNORE, cross_entropy
+from .model import Model
+from .optim import AdamW, clip_by_global_norm, learning_rate
+from .quantize import QuantizedTensor
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. The defaults are for adapters; a step is one update from `batch_size` examples.
+
+    micro_batch_size: how many examples go through the model at once; the gradients of a step's micro-batches add up
+    to those of the whole batch. recompute: gradient checkpointing. max_grad_norm: 0 turns clipping off. warmup and
+    floor shape the schedule (optim.learning_rate). Steps are counted, not epochs.
+    """
+
+    steps: int
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    lr: float = 2e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    floor: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    recompute: bool = False
+    seed: int = 0
+    eval_every: int = 0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)!r}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be 1 or more, not {self.micro_batch_size!r}")
+
+
+class Evaluation(NamedTuple):
+    """loss: nats a counted token. tokens: how many counted. bits_per_byte: of the text that they stand for."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float
+
+
+def evaluate(model: Model, dataset: Dataset, batch_size: int = 16) -> Evaluation:
+    """The mean loss over every counted token of `dataset`, without dropout."""
+    total, count = 0.0, 0
+    for start in range(0, len(dataset), batch_size):
+        tokens, labels = dataset.batch(np.arange(start, min(start + batch_size, len(dataset))))
+        n = int((labels != IGNORE).sum())
+        if n:
+            logits, _ = model.forward(tokens, recompute=True)  # so that no layer's cache is kept
+            total += cross_entropy(logits, labels, denominator=1)[0]
+            count += n
+    if count == 0:
+        raise ValueError("nothing to evaluate: no label counts")
+    return Evaluation(total / count, count, total / math.log(2) / dataset.counted_bytes)
+
+
+def loss_and_gradients(
+    model: Model,
+    tokens: Array,
+    labels: Array,
+    *,
+    micro_batch_size: int | None = None,
+    rng: np.random.Generator | None = None,
+    recompute: bool = False,
+) -> tuple[float, dict[str, Array]]:
+    """The mean loss over the counted labels of tokens, labels (B, T), and the gradient of every trainable parameter.
+
+    The batch goes through in micro-batches, each divided by the count of the *whole* batch: what adds up is the
+    gradient of the whole batch, also where micro-batches count different numbers of tokens.
+    """
+    count = int((labels != IGNORE).sum())
+    loss, grads = 0.0, {}
+    size = micro_batch_size or len(tokens)
+    for start in range(0, len(tokens), size):
+        logits, cache = model.forward(tokens[start : start + size], rng=rng, recompute=recompute)
+        part, dlogits = cross_entropy(logits, labels[start : start + size], denominator=count)
+        del logits
+        dparams = model.backward(dlogits, cache)
+        loss += part
+        for name, g in dparams.items():
+            if name in grads:
+                grads[name] += g
+            else:
+                grads[name] = g
+    return loss, grads
+
+
+def train(
+    model: Model,
+    dataset: Dataset,
+    config: TrainingConfig,
+    *,
+    held_out: Dataset | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    title: str = "training",
+    progress: bool = True,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `model.trainable()` in place on `dataset`; return one row of metrics a step.
+
+    A row has step (from 1), loss, lr, grad_norm, tokens (counted labels), seconds, and held_out_loss every
+    `eval_every` steps. With `out`, the rows go to out/metrics.jsonl and the state to out/checkpoint.safetensors,
+    every `checkpoint_every` steps and at the end; `resume` continues from there (and starts anew where there is
+    none). Raises ValueError for a checkpoint of another run, FloatingPointError when the gradient is not finite.
+    """
+    params = model.trainable()
+    # Weight decay is for matrices: it would pull norms' weights from 1 and biases from where the data puts them.
+    optimizer = AdamW(params, config.lr, config.betas, 1e-8, config.weight_decay, lambda name: params[name].ndim > 1)
+    rows: list[dict[str, Any]] = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        identity = _identity(model, dataset, config)
+        if resume and (out / CHECKPOINT).is_file():
+            start = _load_checkpoint(out / CHECKPOINT, params, optimizer, identity)
+            rows = _read_rows(out / METRICS)[:start]
+        _write_rows(out / METRICS, rows)
+
+    with _progress(title, config.steps, len(rows), progress) as update:
+        for step in range(optimizer.state["step"], config.steps):
+            begin = time.perf_counter()
+            tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
+            loss, grads = loss_and_gradients(
+                model,
+                tokens,
+                labels,
+                micro_batch_size=config.micro_batch_size,
+                rng=np.random.default_rng([config.seed, step]),
+                recompute=config.recompute,
+            )
+            norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
+            lr = learning_rate(
+                step,
+                peak=config.lr,
+                schedule=config.schedule,
+                warmup_steps=config.warmup,
+                total_steps=config.steps,
+                floor=config.floor,
+            )
+            optimizer.step(grads, lr)
+            row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+            row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
+            if held_out is not None and config.eval_every and (step + 1) % config.eval_every == 0:
+                row["held_out_loss"] = evaluate(model, held_out, config.batch_size).loss
+            rows.append(row)
+            if out is not None:
+                with open(out / METRICS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    _save_checkpoint(out / CHECKPOINT, params, optimizer, identity)
+            update(row, tokens.size)
+            if on_step is not None:
+                on_step(row)
+    return rows
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def _save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
+    tensors = {f"param.{name}": p for name, p in params.items()}
+    tensors |= {f"adamw.{name}": x for name, x in optimizer.state_arrays().items()}
+    write_tensors(path, tensors, {"identity": json.dumps(identity)})
+
+
+def _load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:
+    """Copy parameters and moments in; -> the number of steps that were made."""
+    found = json.loads(read_metadata(path).get("identity", "{}"))
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path}: is of another run: {key} was {found.get(key)} there and is {value} here; "
+                "resume with the same settings and data, or start anew in another directory"
+            )
+    tensors = dict(read_tensors(path))
+    state = {name.removeprefix("adamw."): tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")}
+    if {f"param.{name}" for name in params} != set(tensors):
+        raise ValueError(f"{path}: does not hold the parameters of this run")
+    try:
+        optimizer.load_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, p in params.items():
+        p[...] = array_module(p).asarray(tensors[f"param.{name}"])
+    return optimizer.state["step"]
+
+
+def _identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it, or its bits would not be those of one run.
+
+    JSON values: the settings that shape the numbers, the model's and the adapter's configs, and checksums of the
+    frozen weights and of the data.
+    """
+    settings = {k: v for k, v in asdict(config).items() if k not in ("eval_every", "checkpoint_every")}
+    adapter = None if model.active is None else asdict(model.adapters[model.active].config)
+    frozen = 0
+    if adapter is not None:
+        for name in sorted(model.params):
+            param = model.params[name]
+            for x in (param.packed, param.absmax) if isinstance(param, QuantizedTensor) else (param,):
+                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
+    identity = {
+        **settings,
+        "model": asdict(model.config),
+        "adapter": adapter,
+        "weights": frozen,
+        "data": dataset.checksum,
+    }
+    return json.loads(json.dumps(identity))
+
+
+# ---- what a person sees ----------------------------------------------------------------------------------------
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to the first line that a kill cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@contextmanager
+def _progress(title: str, steps: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """A bar with loss, tokens a second and the time left; nothing where the output is not a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=steps, completed=done, loss=math.nan, speed=0.0)
+        loss = speed = None
+
+        def update(row: dict[str, Any], tokens: int) -> None:
+            nonlocal loss, speed
+            now = tokens / row["seconds"]
+            loss = row["loss"] if loss is None else 0.9 * loss + 0.1 * row["loss"]  # smoothed, for the eye only
+            speed = now if speed is None else 0.9 * speed + 0.1 * now
+            bar.update(task, advance=1, loss=loss, speed=speed)
+
+        yield update
