@@ -8,6 +8,7 @@ into training and held-out text by the CRC-32 of a name, so that every Python on
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -106,19 +107,24 @@ def _library(root: Path) -> Iterator[Document]:
 
 def _documented_functions(documents: list[Document]) -> list[Example]:
     """The examples of `docstring_examples` in these files, in the order of the source, each once."""
-    examples = {}  # as an ordered set
-    for document in documents:
-        lines = document.text.split("\n")  # as ast counts them: a form feed ends no line
-        for function in _functions(ast.parse(document.text)):
-            summary = (ast.get_docstring(function) or "").split("\n")[0].strip()
-            if not 10 <= len(summary) <= 100 or not summary.isascii():
-                continue
-            if '"""' in summary or summary.endswith('"') or "\\" in summary:  # would need escapes
-                continue
-            signature = _signature(function, lines)
-            if len(signature) <= 200:
-                examples[Example(signature, f'    """{summary}"""\n')] = None
-    return list(examples)
+    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
+
+
+@functools.cache  # parsing the whole library takes seconds, and both parts are asked for
+def _examples(source: str) -> tuple[Example, ...]:
+    """The examples in one file, in its order."""
+    examples = []
+    lines = source.split("\n")  # as ast counts them: a form feed ends no line
+    for function in _functions(ast.parse(source)):
+        summary = (ast.get_docstring(function) or "").split("\n")[0].strip()
+        if not 10 <= len(summary) <= 100 or not summary.isascii():
+            continue
+        if '"""' in summary or summary.endswith('"') or "\\" in summary:  # would need escapes
+            continue
+        signature = _signature(function, lines)
+        if len(signature) <= 200:
+            examples.append(Example(signature, f'    """{summary}"""\n'))
+    return tuple(examples)
 
 
 def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -214,7 +214,7 @@ class Model:
         the backward (gradient checkpointing, Chen et al. 2016): the same gradients to the bit, for one more forward.
         kv: continue after the positions it holds, and add these.
         """
-        self._check_tokens(tokens)
+        tokens = self._checked(tokens)
         start = 0 if kv is None else kv.length
         positions = array_module(tokens).arange(start, start + tokens.shape[1])
         rope = rope_tables(positions, self.config.rope_frequencies(), self.dtype)
@@ -325,7 +325,8 @@ class Model:
         a, b = params[linear + ".lora_A.weight"], params[linear + ".lora_B.weight"]
         return LoRA(a, b, config.scale, config.dropout)
 
-    def _check_tokens(self, tokens: Array) -> None:
+    def _checked(self, tokens: Any) -> Array:
+        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (B, T), not {tokens.dtype} of shape {tokens.shape}")
         if tokens.size == 0:
@@ -333,3 +334,4 @@ class Model:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}")
+        return tokens
