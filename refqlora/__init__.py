@@ -12,6 +12,7 @@
 The engine, from the ground up: codebooks, functional, quantize, lora, optim, checkpoint, model, training.
 """
 
+from .checkpoint import BUNDLED
 from .codebooks import NF4, normal_float
 from .config import Config
 from .functional import cross_entropy
@@ -24,6 +25,7 @@ from .training import TrainingConfig, train
 
 __version__ = "0.1.0"
 __all__ = [
+    "BUNDLED",
     "NF4",
     "AdamW",
     "Config",

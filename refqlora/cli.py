@@ -48,12 +48,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives the defaults, but where there is none or a flag's."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, BUNDLED) else super()._get_help_string(action)
+
+
 def _command(commands: Any, name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}. {more}".strip(),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     command.set_defaults(run=run)
     return command
@@ -96,7 +103,7 @@ def _finetune(commands: Any) -> None:
         "completion or the assistant's words only; or a text file, or a directory of them, whose every token counts.",
     )
     command.add_argument("--data", type=Path, required=True, help="a .jsonl file, a text file or a directory of texts")
-    command.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (config.json, safetensors)")
+    command.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (default: the bundled base)")
     command.add_argument("--out", type=Path, default=Path("refqlora-adapter"), help="directory to write to")
     command.add_argument("--no-quantize", action="store_true", help="plain LoRA: leave the base in float32")
     group = command.add_argument_group("adapter")
@@ -106,16 +113,20 @@ def _finetune(commands: Any) -> None:
     group.add_argument("--targets", default="all-linear", help="all-linear, or names such as q_proj,v_proj")
     group.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
     group = command.add_argument_group("training")
-    group.add_argument("--steps", type=_count, default=None, help="updates to make (instead of --epochs)")
-    group.add_argument("--epochs", type=float, default=None, help="passes over the data (3 unless --steps is given)")
+    group.add_argument("--steps", type=_count, default=None, help="updates to make, instead of --epochs")
+    group.add_argument("--epochs", type=float, default=None, help="passes over the data (default: 3)")
     group.add_argument("--batch-size", type=_count, default=16, help="sequences a step")
-    group.add_argument("--micro-batch-size", type=_count, default=None, help="sequences at a time, to save memory")
+    group.add_argument(
+        "--micro-batch-size", type=_count, default=None, help="sequences at a time, to save memory (default: all)"
+    )
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     group.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, as in AdamW")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this global norm; 0: do not")
-    group.add_argument("--max-length", type=_count, default=None, help="tokens in a sequence (the model's context)")
+    group.add_argument(
+        "--max-length", type=_count, default=None, help="tokens in a sequence (default: the model's context)"
+    )
     group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data kept for evaluation")
     group.add_argument("--eval-every", type=int, default=100, help="steps between evaluations; 0: only at the end")
     group.add_argument("--checkpoint-every", type=_count, default=50, help="steps between checkpoints")
@@ -162,7 +173,7 @@ def _generate(commands: Any) -> None:
     )
     command.add_argument("--prompt", required=True, help="the text to go on from (\\n: a line's end); - reads stdin")
     command.add_argument("--adapter", type=Path, default=None, help="directory of a PEFT adapter")
-    command.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (config.json, safetensors)")
+    command.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (default: the bundled base)")
     command.add_argument("--no-quantize", action="store_true", help="leave the base in float32")
     command.add_argument("--max-new-tokens", type=_count, default=100, help="tokens to write at the most")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")

@@ -136,7 +136,8 @@ def train(
     A row has step (from 1), loss, lr, grad_norm, tokens (counted labels), seconds, and held_out_loss every
     `eval_every` steps. With `out`, the rows go to out/metrics.jsonl and the state to out/checkpoint.safetensors,
     every `checkpoint_every` steps and at the end; `resume` continues from there (and starts anew where there is
-    none). Raises ValueError for a checkpoint of another run, FloatingPointError when the gradient is not finite.
+    none). Raises ValueError for a checkpoint of another run, or of an unfinished one that is not resumed, and
+    FloatingPointError when the gradient is not finite.
     """
     params = model.trainable()
     # Weight decay is for matrices: it would pull norms' weights from 1 and biases from where the data puts them.
@@ -145,7 +146,9 @@ def train(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         identity = _identity(model, dataset, config)
-        if resume and (out / CHECKPOINT).is_file():
+        if not resume:
+            _refuse_unfinished(out / CHECKPOINT)
+        elif (out / CHECKPOINT).is_file():
             start = _load_checkpoint(out / CHECKPOINT, params, optimizer, identity)
             rows = _read_rows(out / METRICS)[:start]
         _write_rows(out / METRICS, rows)
@@ -194,7 +197,16 @@ def train(
 def _save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
     tensors = {f"param.{name}": p for name, p in params.items()}
     tensors |= {f"adamw.{name}": x for name, x in optimizer.state_arrays().items()}
-    write_tensors(path, tensors, {"identity": json.dumps(identity)})
+    write_tensors(path, tensors, {"identity": json.dumps(identity), "step": str(optimizer.state["step"])})
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """Raise ValueError if a run that is not asked to resume would write over one that has not ended."""
+    if path.is_file():
+        metadata = read_metadata(path)
+        step, steps = int(metadata.get("step", 0)), json.loads(metadata.get("identity", "{}")).get("steps", 0)
+        if step < steps:
+            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
 
 
 def _load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:

@@ -1,0 +1,669 @@
+"""Files in and out: round trips to the bit, no half-written file, and a name in every complaint."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import refqlora as rq
+from refqlora import checkpoint
+
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "layers": 2,
+    "heads": 6,
+    "kv_heads": 3,
+    "head_dim": 8,
+}
+TOKENS = np.arange(22).reshape(2, 11)
+
+
+def new_model(seed=0, **changes):
+    """Every parameter random, the norms and biases too."""
+    model = rq.Model.from_config(rq.Config(**{**SIZES, **changes}))
+    rng = np.random.default_rng(seed)
+    for p in model.params.values():
+        p[...] = rng.standard_normal(p.shape)
+    return model
+
+
+def with_adapter(model, **options):
+    model.add_adapter(**{"rank": 5, "alpha": 7, **options})
+    rng = np.random.default_rng(1)
+    for p in model.trainable().values():
+        p[...] = rng.standard_normal(p.shape)
+    return model
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape), name
+        assert found[name].tobytes() == x.tobytes(), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model's directory: config.json and model.safetensors."""
+    new_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter's directory, for the model in `saved`."""
+    with_adapter(new_model(), targets=["q_proj", "down_proj"]).save_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_json(path, **changes):
+    """Set keys of a JSON file; ... removes one."""
+    value = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: x for key, x in value.items() if x is not ...}))
+
+
+def change_tensors(path, changes):
+    """Set tensors of a safetensors file; ... removes one."""
+    tensors = dict(checkpoint.read_tensors(path)) | changes
+    checkpoint.write_tensors(path, {name: x for name, x in tensors.items() if x is not ...})
+
+
+def into_shards(directory, shards=3):
+    """Model.safetensors -> model-0000i-of-00003.safetensors and the index; returns the index's path."""
+    tensors = dict(checkpoint.read_tensors(directory / "model.safetensors"))
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        checkpoint.write_tensors(directory / file, {name: tensors[name] for name in names[i::shards]})
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    (directory / "model.safetensors").unlink()
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return index
+
+
+# ---- the public face ----
+
+
+def test_the_public_face(saved, tmp_path):
+    """The lines of the package's docstring, as they stand."""
+    labels = np.roll(TOKENS, -1, axis=1)
+    model = rq.Model.from_pretrained(saved, quantize="nf4")
+    before, _ = model.forward(TOKENS)
+    model.add_adapter(rank=16, alpha=32)
+    logits, cache = model.forward(TOKENS)
+    np.testing.assert_array_equal(logits, before)  # B is zero
+    loss, dlogits = rq.cross_entropy(logits, labels)
+    grads = model.backward(dlogits, cache)
+    assert {name: g.shape for name, g in grads.items()} == {n: p.shape for n, p in model.trainable().items()}
+    rq.AdamW(model.trainable(), lr=1e-3).step(grads)
+    assert rq.cross_entropy(model.forward(TOKENS)[0], labels)[0] < loss
+    model.save_adapter(tmp_path / "out")
+    again = rq.Model.from_pretrained(saved, quantize="nf4")
+    again.load_adapter(tmp_path / "out")
+    np.testing.assert_array_equal(again.forward(TOKENS)[0], model.forward(TOKENS)[0])
+
+
+def test_the_public_names():
+    assert sorted(rq.__all__, key=str.lower) == sorted(set(rq.__all__), key=str.lower)
+    assert all(hasattr(rq, name) for name in rq.__all__)
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert rq.__version__ == project["version"]
+
+
+# ---- round trips ----
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
+
+
+@given(
+    st.data(),
+    st.sampled_from(DTYPES),
+    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5),
+    st.sampled_from(["as it is", "transposed", "every second"]),
+)
+def test_tensors_round_trip(tmp_path_factory, data, dtype, shape, layout):
+    """Any bits at all, NaNs and negative zeros among them, and however they lie in memory."""
+    dtype = np.dtype(dtype)
+    if layout == "every second" and shape:
+        shape = (2 * shape[0], *shape[1:])
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8)
+    x = (raw & 1 if dtype.kind == "b" else raw).view(dtype).reshape(shape)
+    if layout == "transposed":
+        x = x.T
+    elif layout == "every second" and shape:
+        x = x[::2]
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    checkpoint.write_tensors(path, {"a.weight": x, "b": np.ones(3, np.float32)}, {"steps": "7"})
+    found = dict(checkpoint.read_tensors(path))
+    assert_same_bits(found, {"a.weight": x, "b": np.ones(3, np.float32)})
+    assert checkpoint.read_metadata(path) == {"format": "pt", "steps": "7"}
+
+
+MODELS = {
+    "plain": {},
+    "tied": {"tied": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "two ends of text": {"eos_token_id": (2, 5), "bos_token_id": 1, "rope_theta": 5e5, "eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("shards", [0, 3])
+def test_a_model_round_trips(changes, shards, tmp_path):
+    model = new_model(**changes)
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    if shards:
+        into_shards(tmp_path, shards)
+    again = rq.Model.from_pretrained(str(tmp_path))
+    assert again.config == model.config
+    assert_same_bits(again.params, model.params)
+    wide = rq.Model.from_pretrained(tmp_path, dtype=np.float64)
+    assert_same_bits(wide.params, {name: p.astype(np.float64) for name, p in model.params.items()})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_model_in_16_bits_is_rounded_once(dtype, tmp_path):
+    model = new_model()
+    model.save_pretrained(tmp_path / "a", dtype)
+    assert json.loads((tmp_path / "a/config.json").read_text())["dtype"] == np.dtype(dtype).name
+    stored = dict(checkpoint.read_tensors(tmp_path / "a/model.safetensors"))
+    assert_same_bits(stored, {name: p.astype(dtype) for name, p in model.params.items()})
+    again = rq.Model.from_pretrained(tmp_path / "a")
+    assert_same_bits(again.params, {name: p.astype(np.float32) for name, p in stored.items()})
+    again.save_pretrained(tmp_path / "b", dtype)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_loading_can_quantize(saved):
+    model, quantized = rq.Model.from_pretrained(saved), rq.Model.from_pretrained(saved, quantize="nf4")
+    model.quantize()
+    linears = {name + ".weight" for name in model.config.linears()}
+    assert {n for n, p in quantized.params.items() if isinstance(p, rq.QuantizedTensor)} == linears
+    for name in linears:
+        np.testing.assert_array_equal(rq.dequantize(quantized.params[name]), rq.dequantize(model.params[name]))
+    np.testing.assert_array_equal(quantized.forward(TOKENS)[0], model.forward(TOKENS)[0])
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is quantised"):
+        quantized.save_pretrained(saved)
+
+
+def test_what_older_writers_leave_is_no_fault(tmp_path):
+    model = new_model(tied=True)
+    model.save_pretrained(tmp_path)
+    copy = model.params["model.embed_tokens.weight"]
+    frequencies = np.ones(4, np.float32)
+    extra = {"lm_head.weight": copy, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
+    change_tensors(tmp_path / "model.safetensors", extra)
+    assert_same_bits(rq.Model.from_pretrained(tmp_path).params, model.params)
+
+
+ADAPTERS = {
+    "all-linear": {},
+    "list": {"targets": ("v_proj", "model.layers.1.mlp.up_proj"), "dropout": 0.1},
+    "regex": {"targets": r".*\.0\.(self_attn\.[qk]|mlp\.down)_proj", "alpha": 2.5},
+    "rslora": {"rslora": True, "rank": 3},
+}
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_round_trips(options, tmp_path):
+    model = with_adapter(new_model(), **options)
+    model.save_adapter(tmp_path, base="some/model")
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    assert json.loads((tmp_path / files[0]).read_text())["base_model_name_or_path"] == "some/model"
+
+    again = new_model()
+    again.load_adapter(tmp_path, "mine")
+    assert again.active == "mine"
+    assert_same_bits(again.trainable(), model.trainable())
+    found, expected = again.adapters["mine"].config, model.adapters["default"].config
+    for field in ("rank", "alpha", "dropout", "rslora", "scale"):
+        assert getattr(found, field) == getattr(expected, field)
+    linears = model.config.linears()
+    assert found.matches(linears) == expected.matches(linears)
+    np.testing.assert_array_equal(again.forward(TOKENS)[0], model.forward(TOKENS)[0])
+
+
+def test_the_adapter_that_is_named_is_saved(tmp_path):
+    model = with_adapter(new_model())
+    model.add_adapter("second", rank=2, targets=["o_proj"])
+    model.save_adapter(tmp_path / "active")
+    model.save_adapter(tmp_path / "named", "default")
+    for directory, name in (("active", "second"), ("named", "default")):
+        config, params = checkpoint.load_adapter(tmp_path / directory)
+        assert config.rank == model.adapters[name].config.rank
+        assert_same_bits(params, model.adapters[name].params)
+    with pytest.raises(ValueError, match="no adapter 'third'; there are: 'default', 'second'"):
+        model.save_adapter(tmp_path / "third", "third")
+
+
+def test_adapter_files_have_pefts_names(adapter):
+    """Key for key as PEFT writes them (peft 0.21)."""
+    names = {f"model.layers.{i}.{x}" for i in (0, 1) for x in ("self_attn.q_proj", "mlp.down_proj")}
+    keys = {f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
+    assert {name for name, _ in checkpoint.read_tensors(adapter / "adapter_model.safetensors")} == keys
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 5, "lora_alpha": 7, "lora_dropout": 0.0}
+    expected |= {"target_modules": ["q_proj", "down_proj"], "bias": "none", "use_rslora": False}
+    assert expected.items() <= config.items()
+
+
+# ---- whole or not at all ----
+
+
+class Cut(Exception):
+    pass
+
+
+def half_written(tensors, path, metadata):
+    Path(path).write_bytes(b"half of")
+    raise Cut
+
+
+def cut(*args):
+    raise Cut
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "replacement"),
+    [(checkpoint, "save_file", half_written), (os, "fsync", cut), (os, "replace", cut)],
+)
+def test_an_error_in_the_middle_leaves_the_old_file(saved, adapter, monkeypatch, module, function, replacement):
+    before = {file: file.read_bytes() for d in (saved, adapter) for file in d.iterdir()}
+    monkeypatch.setattr(module, function, replacement)
+    with pytest.raises(Cut):
+        new_model(seed=2).save_pretrained(saved)
+    with pytest.raises(Cut):
+        with_adapter(new_model(), rank=2).save_adapter(adapter)
+    if module is os:
+        with pytest.raises(Cut):
+            checkpoint.write_json(saved / "config.json", {})
+    assert {file: file.read_bytes() for d in (saved, adapter) for file in d.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_others_may_read_what_was_written(saved):
+    (saved / "plain").touch()
+    assert {file.stat().st_mode for file in saved.iterdir()} == {(saved / "plain").stat().st_mode}
+
+
+def test_what_cannot_be_written_leaves_the_old_file(saved):
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises(TypeError):
+        checkpoint.write_json(saved / "config.json", {"a": object()})
+    with pytest.raises(Exception, match="complex128"):
+        checkpoint.write_tensors(saved / "model.safetensors", {"a": np.zeros(3, complex)})
+    assert {file: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_a_killed_run_leaves_the_old_file(saved):
+    """Killed when all is written but the name: what it leaves is taken for a model by nobody."""
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    child = f"""
+import os, numpy as np
+from refqlora import checkpoint
+os.replace = lambda *args: os._exit(9)
+path = checkpoint.Path({str(saved / "model.safetensors")!r})
+checkpoint.write_tensors(path, {{"a": np.ones(3, np.float32)}})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(rq.__file__).parent.parent)}
+    assert subprocess.run([sys.executable, "-c", child], env=environment).returncode == 9
+    left = {file.name: file.read_bytes() for file in saved.iterdir()}
+    assert before.items() < left.items()
+    assert_same_bits(rq.Model.from_pretrained(saved).params, new_model().params)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        rq.Model.from_pretrained(saved)
+    new_model(seed=2).save_pretrained(saved)  # and stands in nobody's way
+    assert_same_bits(rq.Model.from_pretrained(saved).params, new_model(seed=2).params)
+
+
+# ---- what is wrong with a model is said ----
+
+Q = "model.layers.1.self_attn.q_proj.weight"  # (48, 20)
+
+
+def cut_short(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def shard(directory):
+    """The shard that holds Q, and its name."""
+    index = json.loads(into_shards(directory).read_text())
+    return directory / index["weight_map"][Q]
+
+
+MODEL_FAULTS = {
+    "no directory": (lambda d: d.rename(d.parent / "elsewhere"), ["model: no such directory"]),
+    "no config": (lambda d: (d / "config.json").unlink(), ["config.json: no such file"]),
+    "config not JSON": (
+        lambda d: (d / "config.json").write_text("{'vocab_size': 37}"),
+        ["config.json: not valid JSON", "line 1"],
+    ),
+    "config not UTF-8": (
+        lambda d: (d / "config.json").write_bytes(b'{"\xff": 1}'),
+        ["config.json: not valid JSON"],
+    ),
+    "config a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        ["config.json: expected a JSON object", "list"],
+    ),
+    "config without a key": (
+        lambda d: change_json(d / "config.json", hidden_size=...),
+        ['config.json: has no "hidden_size"'],
+    ),
+    "config of another architecture": (
+        lambda d: change_json(d / "config.json", model_type="gemma2"),
+        ['config.json: model_type "gemma2" is not supported'],
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors: no such file"]),
+    "pickled weights": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        ["pytorch_model.bin: is pickled"],
+    ),
+    "empty weights": (
+        lambda d: cut_short(d / "model.safetensors", 0),
+        ["model.safetensors: not a valid safetensors"],
+    ),
+    "header cut short": (
+        lambda d: cut_short(d / "model.safetensors", 100),
+        ["model.safetensors: not a valid safetensors"],
+    ),
+    "data cut short": (
+        lambda d: cut_short(d / "model.safetensors", -1),
+        ["model.safetensors: not a valid safetensors"],
+    ),
+    "missing tensor": (
+        lambda d: change_tensors(d / "model.safetensors", {Q: ...}),
+        ["model: " + Q, "is missing"],
+    ),
+    "unexpected tensor": (
+        lambda d: change_tensors(d / "model.safetensors", {"extra.weight": np.zeros(3, np.float32)}),
+        ["model: extra.weight is not expected"],
+    ),
+    "unexpected bias": (
+        lambda d: change_json(d / "config.json", attention_bias=True),
+        ["model: model.layers.0.self_attn.q_proj.bias (48,) is missing"],
+    ),
+    "wrong shape": (
+        lambda d: change_tensors(d / "model.safetensors", {Q: np.zeros((20, 48), np.float32)}),
+        [f"model: {Q} has shape (20, 48)", "(48, 20)"],
+    ),
+    "integer tensor": (
+        lambda d: change_tensors(d / "model.safetensors", {Q: np.zeros((48, 20), np.int8)}),
+        [f"model.safetensors: {Q} is int8, expected one of float16, bfloat16, float32"],
+    ),
+    "another head than it is tied to": (
+        lambda d: change_json(d / "config.json", tie_word_embeddings=True),
+        ["model: lm_head.weight differs from the embedding"],
+    ),
+    "no head": (
+        lambda d: change_tensors(d / "model.safetensors", {"lm_head.weight": ...}),
+        ["model: lm_head.weight (37, 20) is missing"],
+    ),
+    "index not JSON": (
+        lambda d: into_shards(d).write_text("{"),
+        ["model.safetensors.index.json: not valid JSON"],
+    ),
+    "index without a map": (
+        lambda d: into_shards(d).write_text("{}"),
+        ['model.safetensors.index.json: has no "weight_map"'],
+    ),
+    "index to numbers": (
+        lambda d: change_json(into_shards(d), weight_map={Q: 1}),
+        ['model.safetensors.index.json: has no "weight_map"'],
+    ),
+    "missing shard": (lambda d: shard(d).unlink(), ["-of-00003.safetensors: no such file"]),
+    "pickled shard": (lambda d: shard(d).rename(d / "model-2.bin"), ["model-2.bin: is pickled"]),
+    "shard cut short": (
+        lambda d: cut_short(shard(d), -1),
+        ["-of-00003.safetensors: not a valid safetensors"],
+    ),
+    "shard without its tensor": (
+        lambda d: change_tensors(shard(d), {Q: ...}),
+        [f"-of-00003.safetensors: lacks {Q}, which model.safetensors.index.json says"],
+    ),
+    "no shard holds a tensor": (
+        lambda d: forget(shard(d), d / "model.safetensors.index.json"),
+        [f"model: {Q} (48, 20) is missing"],
+    ),
+}
+
+
+def forget(path, index):
+    change_tensors(path, {Q: ...})
+    weight_map = json.loads(index.read_text())["weight_map"]
+    change_json(index, weight_map={name: file for name, file in weight_map.items() if name != Q})
+
+
+def complaint(load, path):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load(path)
+    assert type(error.value) in (ValueError, FileNotFoundError)  # and none of their kin by accident
+    return str(error.value)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize(("spoil", "said"), MODEL_FAULTS.values(), ids=MODEL_FAULTS)
+def test_a_spoilt_model_is_refused_by_name(saved, spoil, said, quantize):
+    rq.Model.from_pretrained(saved)
+    spoil(saved)
+    message = complaint(lambda path: rq.Model.from_pretrained(path, quantize=quantize), saved)
+    assert str(saved) in message
+    for part in said:
+        assert part in message
+
+
+def test_quantize_is_nf4_or_nothing(saved):
+    assert "\"nf4\", not 'int8'" in complaint(lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_cannot_be_quantized_is_named(saved, value):
+    weight = np.zeros((48, 20), np.float32)
+    weight[7, 3] = value
+    change_tensors(saved / "model.safetensors", {Q: weight})
+    message = complaint(lambda path: rq.Model.from_pretrained(path, quantize="nf4"), saved)
+    assert Q in message
+    assert "7, 3" in message
+
+
+# ---- what is wrong with an adapter is said ----
+
+A = "model.layers.1.self_attn.q_proj.lora_A.weight"  # (5, 20)
+KEY = "base_model.model." + A
+
+
+def change_config(**changes):
+    return lambda d: change_json(d / "adapter_config.json", **changes)
+
+
+def change_adapter(changes):
+    return lambda d: change_tensors(d / "adapter_model.safetensors", changes)
+
+
+def rename_keys(old, new):
+    def spoil(d):
+        path = d / "adapter_model.safetensors"
+        tensors = {name.replace(old, new): x for name, x in checkpoint.read_tensors(path)}
+        checkpoint.write_tensors(path, tensors)
+
+    return spoil
+
+
+ADAPTER_FAULTS = {
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), ["adapter_config.json: no such file"]),
+    "config not JSON": (
+        lambda d: (d / "adapter_config.json").write_text('{"r": 5,'),
+        ["adapter_config.json: not valid JSON"],
+    ),
+    **{
+        f"no {key}": (change_config(**{key: ...}), [f'adapter_config.json: has no "{key}"'])
+        for key in ("peft_type", "r", "lora_alpha", "target_modules")
+    },
+    "null targets": (change_config(target_modules=None), ['adapter_config.json: has no "target_modules"']),
+    "r zero": (change_config(r=0), ["adapter_config.json: rank must be a whole number", "0"]),
+    "r a float": (change_config(r=5.0), ["adapter_config.json: rank must be a whole number", "5.0"]),
+    "alpha text": (
+        change_config(lora_alpha="7"),
+        ["adapter_config.json: alpha must be a positive number", "'7'"],
+    ),
+    "alpha negative": (change_config(lora_alpha=-7), ["adapter_config.json: alpha must be", "-7"]),
+    "dropout text": (change_config(lora_dropout="0.1"), ["adapter_config.json: dropout must be", "'0.1'"]),
+    "dropout one": (change_config(lora_dropout=1), ["adapter_config.json: dropout must be"]),
+    "rslora text": (
+        change_config(use_rslora="no"),
+        ["adapter_config.json: rslora must be true or false", "'no'"],
+    ),
+    "targets a number": (change_config(target_modules=5), ["adapter_config.json: targets must be", "5"]),
+    "targets numbers": (change_config(target_modules=[5]), ["adapter_config.json: targets must be", "5"]),
+    "targets no regex": (change_config(target_modules="q_proj("), ["adapter_config.json: target 'q_proj('"]),
+    "no target": (change_config(target_modules=[]), ["adapter: target () matches no linear"]),
+    "unknown target": (
+        change_config(target_modules=["q_proj", "down_proj", "query_key_value"]),
+        ["adapter: target query_key_value matches no linear", "q_proj"],
+    ),
+    "a part of a name": (
+        change_config(target_modules="proj"),
+        ["adapter: target 'proj'", "matches no linear"],
+    ),
+    **{
+        f"{key} {value}": (
+            change_config(**{key: value}),
+            [f'adapter_config.json: "{key}": {json.dumps(value)}'],
+        )
+        for key, value in {
+            "peft_type": "LOHA",
+            "bias": "lora_only",
+            "fan_in_fan_out": True,
+            "modules_to_save": ["lm_head"],
+            "use_dora": True,
+            "rank_pattern": {"q_proj": 3},
+            "alpha_pattern": {"q_proj": 3},
+            "layers_to_transform": [0],
+            "layer_replication": [[0, 2]],
+            "exclude_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts"],
+            "trainable_token_indices": [0],
+            "lora_bias": True,
+            "use_qalora": True,
+            "use_bdlora": {"nblocks": 2},
+            "alora_invocation_tokens": [1],
+            "arrow_config": {"top_k": 3},
+            "kasa_config": {"beta": 1},
+            "monteclora_config": {"buffer_size": 3},
+            "velora_config": {"num_groups": 3},
+            "init_lora_weights": "pissa_niter_16",
+        }.items()
+    },
+    "no weights": (
+        lambda d: (d / "adapter_model.safetensors").unlink(),
+        ["adapter_model.safetensors: no such file"],
+    ),
+    "pickled weights": (
+        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+        ["adapter_model.bin: is pickled"],
+    ),
+    "weights cut short": (
+        lambda d: cut_short(d / "adapter_model.safetensors", -1),
+        ["adapter_model.safetensors: not a valid safetensors"],
+    ),
+    "no prefix": (
+        rename_keys("base_model.model.", ""),
+        ["adapter_model.safetensors: model.layers.0", "is not a LoRA matrix (base_model.model."],
+    ),
+    "half a prefix": (
+        rename_keys("base_model.model.", "base_model."),
+        ["adapter: model.layers.0.self_attn.q_proj.lora_A.weight (5, 20) is missing"],
+    ),
+    "adapter's name in the keys": (
+        rename_keys(".weight", ".default.weight"),
+        [
+            "adapter_model.safetensors: base_model.model.model.layers.0",
+            ".default.weight is not a LoRA matrix",
+        ],
+    ),
+    "not LoRA": (
+        change_adapter({"base_model.model.lm_head.weight": np.zeros((37, 20), np.float32)}),
+        ["adapter_model.safetensors: base_model.model.lm_head.weight is not a LoRA matrix"],
+    ),
+    "another rank": (
+        change_config(r=4),
+        ["adapter_model.safetensors: base_model.model.model.layers.0", "does not fit r = 4"],
+    ),
+    "one dimension": (
+        change_adapter({KEY: np.zeros(5, np.float32)}),
+        [f"adapter_model.safetensors: {KEY} has shape (5,), which does not fit r = 5"],
+    ),
+    "transposed": (
+        change_adapter({KEY: np.zeros((20, 5), np.float32)}),
+        [f"adapter_model.safetensors: {KEY} has shape (20, 5), which does not fit r = 5"],
+    ),
+    "integers": (
+        change_adapter({KEY: np.zeros((5, 20), np.int32)}),
+        [f"adapter_model.safetensors: {KEY} is int32, expected one of float16"],
+    ),
+    "missing tensor": (change_adapter({KEY: ...}), [f"adapter: {A} (5, 20) is missing"]),
+    "more than the targets": (
+        change_config(target_modules=["down_proj"]),
+        ["adapter: model.layers.0.self_attn.q_proj.lora_", "is not expected"],
+    ),
+    "less than the targets": (
+        change_config(target_modules="all-linear"),
+        ["adapter: model.layers.0.self_attn.k_proj.lora_A.weight (5, 20) is missing"],
+    ),
+    "another model's width": (
+        change_adapter({KEY: np.zeros((5, 24), np.float32)}),
+        [f"adapter: {A} has shape (5, 24), expected (5, 20)"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), ADAPTER_FAULTS.values(), ids=ADAPTER_FAULTS)
+def test_a_spoilt_adapter_is_refused_by_name(adapter, spoil, said):
+    model = new_model()
+    model.load_adapter(adapter, "good")
+    spoil(adapter)
+    message = complaint(lambda path: model.load_adapter(path, "bad"), adapter)
+    assert str(adapter) in message
+    for part in said:
+        assert part in message
+    assert list(model.adapters) == ["good"]
+    assert model.active == "good"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 24}, "lora_A.weight has shape (5, 20), expected (5, 24)"),
+        ({"heads": 3}, "q_proj.lora_B.weight has shape (48, 5), expected (24, 5)"),
+        ({"layers": 3}, "model.layers.2.self_attn.q_proj.lora_A.weight (5, 20) is missing"),
+        ({"layers": 1}, "model.layers.1."),
+    ],
+)
+def test_an_adapter_for_another_model_is_refused(adapter, changes, said):
+    message = complaint(new_model(**changes).load_adapter, adapter)
+    assert message.startswith(str(adapter))
+    assert said in message
+
+
+@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_taken(adapter, value):
+    change_json(adapter / "adapter_config.json", init_lora_weights=value)
+    new_model().load_adapter(adapter)
