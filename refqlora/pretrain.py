@@ -112,7 +112,7 @@ def card(facts: dict[str, Any]) -> str:
     return f"""# The bundled base
 
 A Llama of {facts["parameters"]:,} parameters, trained from scratch by refqlora on the source of Python
-{facts["python"]}'s standard library and stored in bfloat16. It knows nothing else: it is a base to learn fine-tuning on.
+{facts["python"]}'s standard library and stored in bfloat16. It knows nothing else: a base to learn fine-tuning on.
 
     {facts["command"]}
 
