@@ -163,8 +163,7 @@ def dense(weight: Weight, dtype: np.dtype) -> Array:
 def merge(weight: Weight, lora: LoRA) -> Array:
     """W + s B A as a new array (out, in) of W's dtype (float32 for a quantised W, from its dequantised values)."""
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
-    wide = np.result_type(dtype, lora.A.dtype)  # a 16-bit W is added to in the adapter's dtype and rounded once
-    return (dense(weight, wide) + lora.scale * (lora.B @ lora.A)).astype(dtype)
+    return (dense(weight, dtype) + lora.scale * (lora.B @ lora.A)).astype(dtype)  # rounded once, to a 16-bit dtype too
 
 
 def _drop(x: Array, keep: Array | None, lora: LoRA) -> Array:

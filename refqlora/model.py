@@ -215,6 +215,8 @@ class Model:
         kv: continue after the positions it holds, and add these.
         """
         tokens = self._checked(tokens)
+        if recompute and kv is not None:
+            raise ValueError("recompute makes a layer again from its input alone: it does not go with kv")
         start = 0 if kv is None else kv.length
         positions = array_module(tokens).arange(start, start + tokens.shape[1])
         rope = rope_tables(positions, self.config.rope_frequencies(), self.dtype)
@@ -235,7 +237,10 @@ class Model:
         }  # fmt: skip
 
     def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
-        """dlogits (B, T, V) -> the gradient of every parameter in `trainable()`, by its name."""
+        """dlogits (B, T, V) -> the gradient of every parameter in `trainable()`, by its name.
+
+        The cache, of a forward without kv, serves once: each layer's part is let go of on the way.
+        """
         full = self.active is None
         wanted = self.trainable()
         grads: dict[str, Array] = {}

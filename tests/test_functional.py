@@ -1,0 +1,317 @@
+"""Each operation against its definition, its gradients against central differences, and planted mistakes."""
+
+import gradcheck
+import numpy as np
+import pytest
+from gradcheck import CAUGHT, TOLERANCE, draw, largest_error, of_operation, operation_checks
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import MISTAKES, attention_backward_by_definition, planted
+
+from refqlora import functional
+from refqlora.functional import (
+    attention_backward,
+    attention_forward,
+    cross_entropy,
+    embedding_backward,
+    embedding_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    rope_backward,
+    rope_forward,
+    rope_tables,
+    swiglu_backward,
+    swiglu_forward,
+)
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", operation_checks(), ids=lambda check: check.name)
+def test_gradients_equal_central_differences(check):
+    errors = check.errors()
+    assert errors
+    assert all(error < TOLERANCE for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if of_operation(mistake)])
+def test_a_planted_mistake_is_caught(mistake):
+    assert largest_error(of_operation(mistake), mistake) > CAUGHT
+    assert largest_error(of_operation(mistake)) < TOLERANCE  # and with it gone, all is well again
+
+
+def test_the_check_itself():
+    x = draw(3, 5)
+    before, some = x.copy(), np.array([14, 2, 7])
+    numeric = gradcheck.central_difference(lambda: float(np.sin(x).sum()), x, some)
+    assert np.array_equal(x, before)
+    exact = np.cos(x).reshape(-1)[some]
+    assert gradcheck.relative_error(numeric, exact) < 1e-11
+    assert gradcheck.relative_error(numeric, exact * (1 + 1e-5)) == pytest.approx(1e-5, rel=1e-3)
+    assert not gradcheck.relative_error(numeric, exact * np.nan) < TOLERANCE
+    with pytest.raises(AssertionError, match="zero everywhere"):
+        gradcheck.relative_error(0 * numeric, 0 * exact)
+
+    def square(x):  # whose backward here has the wrong shape, right or wrong values
+        return x**2, lambda dy: {"x": (2 * x * dy).T}
+
+    assert gradcheck.Check("square", {"x": x}, square).errors() == {"x": np.inf}
+    with planted("rope: not turned back"):
+        assert rope_backward is not functional.rope_backward
+    assert rope_backward is functional.rope_backward
+
+
+# ---- embedding ---------------------------------------------------------------------------------------------
+
+
+def test_embedding_looks_rows_up_and_adds_the_gradients_of_repeats():
+    weight, tokens = draw(5, 3), np.array([[4, 0, 4], [4, 1, 1]])
+    y, cache = embedding_forward(tokens, weight)
+    assert all(np.array_equal(y[b, t], weight[tokens[b, t]]) for b in range(2) for t in range(3))
+    dy = draw(2, 3, 3)
+    expected = np.stack([dy[0, 1], dy[1, 1] + dy[1, 2], 0 * dy[0, 0], 0 * dy[0, 0], dy[0, 0] + dy[0, 2] + dy[1, 0]])
+    np.testing.assert_allclose(embedding_backward(dy, cache), expected, rtol=1e-15)
+
+
+# ---- RMSNorm -----------------------------------------------------------------------------------------------
+
+
+def test_rmsnorm_is_its_definition():
+    x, weight, eps = draw(3, 7, 10), draw(10), 0.25
+    y, _ = rmsnorm_forward(x, weight, eps)
+    np.testing.assert_allclose(y, x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight, rtol=1e-14)
+
+
+def test_rmsnorm_of_zeros_is_zero():
+    x, weight = np.zeros((2, 4), np.float32), np.ones(4, np.float32)
+    y, cache = rmsnorm_forward(x, weight, 1e-6)
+    dx, dweight = rmsnorm_backward(np.ones_like(x), cache)
+    assert (y == 0).all()
+    assert (dweight == 0).all()
+    np.testing.assert_allclose(dx, 1e3, rtol=1e-6)  # 1 / sqrt(eps)
+
+
+# ---- RoPE --------------------------------------------------------------------------------------------------
+
+
+def test_rope_multiplies_by_unit_complex_numbers():
+    x, frequencies, positions = draw(3, 7, 8, 6), np.array([1, 0.3, 0.1]), np.arange(4, 11)
+    y = rope_forward(x, *rope_tables(positions, frequencies, np.float64))
+    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * np.outer(positions, frequencies))[:, None]
+    np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-14)
+
+
+def test_rope_makes_scores_depend_on_distance_only():
+    q, k = draw(1, 1, 1, 6), draw(1, 1, 1, 6, seed=1)
+
+    def score(at_q, at_k):
+        frequencies = np.array([1, 0.3, 0.1])
+        turned = [
+            rope_forward(x, *rope_tables(np.array([at]), frequencies, np.float64)) for x, at in ((q, at_q), (k, at_k))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(9, 5) == pytest.approx(score(1004, 1000), rel=1e-11)
+    assert score(9, 5) != pytest.approx(score(9, 6), rel=1e-3)
+
+
+def test_rope_angles_are_float32_products_unless_the_model_is_float64():
+    positions, frequencies = np.array([0, 1, 100_003]), 10000.0 ** -(np.arange(0, 8, 2) / 8)
+    cos, sin = rope_tables(positions, frequencies, np.float32)
+    assert cos.dtype == sin.dtype == np.float32
+    angles = positions.astype(np.float32)[:, None] * frequencies.astype(np.float32)
+    assert angles.dtype == np.float32
+    assert np.array_equal(cos, np.cos(angles))
+    assert np.array_equal(sin, np.sin(angles))
+
+    cos, sin = rope_tables(positions, frequencies, np.float64)
+    np.testing.assert_allclose(cos, np.cos(np.outer(positions, frequencies)), atol=1e-15)
+    assert abs(sin[2] - np.sin(angles[2])).max() > 1e-4  # the rounding shows
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+
+
+def attention_by_definition(q, k, v):
+    """The three lines of attention_forward's docstring, for each batch element and head."""
+    y, (batch, t, heads, size), (s, groups) = np.empty_like(q), q.shape, k.shape[1:3]
+    visible = np.arange(s) <= (s - t + np.arange(t))[:, None]  # (T, S)
+    for b in range(batch):
+        for head in range(heads):
+            kv = head // (heads // groups)
+            scores = np.where(visible, q[b, :, head] @ k[b, :, kv].T / np.sqrt(size), -np.inf)
+            y[b, :, head] = np.exp(scores - np.logaddexp.reduce(scores, axis=1)[:, None]) @ v[b, :, kv]
+    return y
+
+
+@given(
+    batch=st.integers(1, 3),
+    t=st.integers(1, 9),
+    earlier=st.integers(0, 5),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    size=st.integers(1, 5),
+    tile=st.integers(1, 10),
+)
+def test_attention_is_its_definition_whatever_the_tiles(batch, t, earlier, groups, per_group, size, tile):
+    q, dy = draw(batch, t, groups * per_group, size), draw(batch, t, groups * per_group, size, seed=1)
+    k, v = draw(batch, t + earlier, groups, size, seed=2), draw(batch, t + earlier, groups, size, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "TILE", tile)
+        y, cache = attention_forward(q, k, v)
+        grads = attention_backward(dy, cache)
+    np.testing.assert_allclose(y, attention_by_definition(q, k, v), rtol=1e-12, atol=1e-13)
+    for grad, expected in zip(grads, attention_backward_by_definition(dy, cache), strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_attention_past_the_real_tile():
+    t = functional.TILE + 5
+    q, k, v, dy = (
+        draw(1, t, 4, 6),
+        draw(1, t + 3, 2, 6),
+        draw(1, t + 3, 2, 6, seed=1),
+        draw(1, t, 4, 6, seed=1),
+    )
+    y, cache = attention_forward(q, k, v)
+    np.testing.assert_allclose(y, attention_by_definition(q, k, v), rtol=1e-11, atol=1e-13)
+    for grad, expected in zip(attention_backward(dy, cache), attention_backward_by_definition(dy, cache), strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_no_query_sees_a_later_key(monkeypatch):
+    monkeypatch.setattr(functional, "TILE", 3)
+    q, k, v = draw(2, 7, 4, 6), draw(2, 9, 2, 6), draw(2, 9, 2, 6, seed=1)
+    y, _ = attention_forward(q, k, v)
+    for t in range(7):
+        other_k, other_v = k.copy(), v.copy()
+        other_k[:, t + 3 :], other_v[:, t + 3 :] = 1e3, np.inf  # query t stands at position 9 - 7 + t
+        with np.errstate(invalid="ignore"):  # 0 * inf, in rows that are not looked at
+            changed, _ = attention_forward(q, other_k, v)
+        assert np.array_equal(changed[:, : t + 1], y[:, : t + 1])
+        if t < 6:
+            assert not np.allclose(changed[:, t + 1 :], y[:, t + 1 :])
+
+
+def test_attention_scores_may_be_huge():
+    q, k, v = (1e3 * draw(2, 5, 4, 6)).astype(np.float32), draw(2, 5, 2, 6), draw(2, 5, 2, 6, seed=1)
+    y, cache = attention_forward(q, k.astype(np.float32), v.astype(np.float32))
+    np.testing.assert_allclose(y, attention_by_definition(q.astype(np.float64), k, v), atol=1e-3)
+    assert all(np.isfinite(grad).all() for grad in attention_backward(np.ones_like(q), cache))
+
+
+# ---- SwiGLU ------------------------------------------------------------------------------------------------
+
+
+def test_swiglu_is_its_definition():
+    gate, up = draw(3, 7, 13), draw(3, 7, 13, seed=1)
+    y, _ = swiglu_forward(gate, up)
+    np.testing.assert_allclose(y, gate * (1 / (1 + np.exp(-gate))) * up, rtol=1e-14)
+
+
+def test_swiglu_of_huge_gates_is_exact_and_warns_of_nothing():
+    gate = np.array([-1e4, -200, 0, 200, 1e4], np.float32)
+    up, dy = np.full_like(gate, 3), np.full_like(gate, 2)
+    y, cache = swiglu_forward(gate, up)
+    dgate, dup = swiglu_backward(dy, cache)
+    assert y.tolist() == [0, 0, 0, 600, 3e4]
+    assert dgate.tolist() == [0, 0, 3, 6, 6]
+    assert dup.tolist() == [0, 0, 0, 400, 2e4]
+
+
+# ---- cross entropy -----------------------------------------------------------------------------------------
+
+
+def cross_entropy_by_definition(logits, labels, denominator=None):
+    """The definition, a row at a time."""
+    counted = [at for at in np.ndindex(labels.shape) if labels[at] != -100]
+    loss, dlogits = 0.0, np.zeros_like(logits)
+    for at in counted:
+        p = np.exp(logits[at] - np.logaddexp.reduce(logits[at]))
+        loss -= np.log(p[labels[at]])
+        dlogits[at] = p
+        dlogits[at][labels[at]] -= 1
+    n = denominator or len(counted)
+    return loss / n, dlogits / n
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 11), (5, 11), (11,), (5, 50_000), (2, 2**17 + 1)])
+@pytest.mark.parametrize("denominator", [None, 2.5])
+def test_cross_entropy_is_its_definition(shape, denominator):
+    """The last two shapes take several steps: of two rows, where the last step has one, and of one row."""
+    logits, labels = draw(*shape), np.random.default_rng(0).integers(0, shape[-1], shape[:-1])
+    if len(shape) == 3:
+        labels[0, :4] = labels[2, 6] = -100
+    before = logits.copy()
+    loss, dlogits = cross_entropy(logits, labels, denominator)
+    expected, dexpected = cross_entropy_by_definition(logits, labels, denominator)
+    assert isinstance(loss, float)
+    assert loss == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(dlogits, dexpected, rtol=1e-11, atol=1e-16)
+    assert np.array_equal(logits, before)
+
+
+def test_micro_batches_add_up_with_a_common_denominator():
+    logits, labels = draw(4, 7, 11), np.random.default_rng(0).integers(0, 11, (4, 7))
+    labels[:2, 1:] = -100  # the first half counts 2 labels, the second 14
+    loss, dlogits = cross_entropy(logits, labels)
+    halves = [cross_entropy(logits[i : i + 2], labels[i : i + 2], denominator=16) for i in (0, 2)]
+    assert sum(half[0] for half in halves) == pytest.approx(loss, rel=1e-14)
+    np.testing.assert_allclose(np.concatenate([half[1] for half in halves]), dlogits, rtol=1e-14)
+    own = [cross_entropy(logits[i : i + 2], labels[i : i + 2])[0] for i in (0, 2)]
+    assert np.mean(own) != pytest.approx(loss, rel=1e-2)  # the classic mistake
+
+
+def test_cross_entropy_of_huge_logits():
+    logits = np.array([[3e38, -3e38, 0], [1e4, 0, -1e4]], np.float32)
+    with np.errstate(over="ignore"):
+        loss, dlogits = cross_entropy(logits[1:], np.array([1]))
+        certain, dcertain = cross_entropy(logits[:1] / 2, np.array([0]))
+    assert loss == 1e4
+    assert dlogits.tolist() == [[1, -1, 0]]
+    assert certain == 0
+    assert (dcertain == 0).all()
+
+
+def test_logits_may_lie_in_memory_in_any_order():
+    logits, labels = draw(3, 7, 11), np.random.default_rng(0).integers(0, 11, (3, 7))
+    expected = cross_entropy(logits, labels)
+    turned = np.ascontiguousarray(logits.transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert not turned.flags.c_contiguous
+    loss, dlogits = cross_entropy(turned, labels)
+    assert loss == expected[0]
+    assert np.array_equal(dlogits, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "denominator", "message"),
+    [
+        (np.zeros((3, 6), int), None, r"labels have shape \(3, 6\), logits \(3, 7, 11\): expected \(3, 7\)"),
+        (np.full((3, 7), 11), None, r"label 11 at \(0, 0\) is neither -100 nor a token below 11"),
+        (np.where(np.arange(21).reshape(3, 7) == 9, -1, 0), None, r"label -1 at \(1, 2\)"),
+        (np.full((3, 7), -100), None, "no label counts"),
+        (np.zeros((3, 7), int), 0, "no label counts"),
+    ],
+)
+def test_labels_that_cannot_be(labels, denominator, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(draw(3, 7, 11), labels, denominator)
+
+
+# ---- all of them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", operation_checks(), ids=lambda check: check.name)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_everything_stays_in_the_dtype_of_the_inputs_and_leaves_them_alone(check, dtype):
+    inputs = {
+        name: x.astype(dtype) if getattr(x, "dtype", None) == np.float64 else x for name, x in check.inputs.items()
+    }
+    before = {name: np.copy(x) for name, x in inputs.items()}
+    y, backward = check.run(**inputs)
+    dy = np.ones_like(y) if y.ndim else dtype(1)
+    grads = backward(dy)
+    assert y.ndim == 0 or y.dtype == dtype
+    assert {name: grad.dtype for name, grad in grads.items()} == dict.fromkeys(grads, np.dtype(dtype))
+    assert all(np.array_equal(inputs[name], x) for name, x in before.items())
+    assert y.ndim == 0 or (dy == 1).all()
