@@ -16,9 +16,7 @@ bit for bit.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -33,9 +31,7 @@ NESTED_BLOCK = 256  # block size of the second level
 DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 TINY = np.float32(1e-38)  # the least divisor, as in bitsandbytes: its reciprocal is finite
 
-CHUNK = 1 << 17  # elements a step works on: temporaries of 512 KiB stay in the L2 cache
-THREADED = 1 << 21  # elements from which on several threads share the chunks; NumPy releases the GIL
-THREADS = min(4, os.cpu_count() or 1)
+CHUNK = 1 << 17  # elements worked on at a time on a CPU: temporaries of 512 KiB stay in the L2 cache
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,10 +185,14 @@ def quantize_constants(
 ) -> tuple[Array, Array, np.float32]:
     """Double quantisation of float32 (blocks,): codes uint8 (blocks,), absmax (ceil(blocks / 256),), offset.
 
-    The offset is the mean, summed in float64 and rounded once (bitsandbytes sums in float32, so its last bit
-    may differ), or the one given. nested="nearest" takes the nearest value of the dynamic map, which is what
-    bitsandbytes does on CUDA; "bitsandbytes" does what it does on a CPU, where a table of 65,536 bins decides:
-    some 0.2 % of the codes are then one off, and a constant equal to the mean has code 131, not 127.
+    The offset is the mean, summed in float64 and rounded once, or the one given (bitsandbytes sums in float32:
+    the last bits may differ). nested="nearest" takes the nearest value of the dynamic map, as bitsandbytes does
+    on CUDA, ties apart. "bitsandbytes" does what it does on a CPU, where a table of 65,536 bins decides: some
+    0.2 % of the codes are then one off, and a constant equal to the mean has code 131, not 127.
+
+    A constant within 1 % of float32's maximum may come back as inf, theirs too; NumPy then warns of overflow.
+
+    Raises ValueError for another `nested`.
     """
     if nested not in ("nearest", "bitsandbytes"):
         raise ValueError(f'nested must be "nearest" or "bitsandbytes", not {nested!r}')
@@ -212,26 +212,24 @@ def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: 
     absmax = xp.empty(_blocks(n, block_size, name), np.float32)
     out = xp.empty(-(-n // 2) if pack else n, np.uint8)
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused below
-    def step(start: int, stop: int) -> None:
-        v = flat[start:stop].astype(np.float32)
-        rows, tail, first = _rows(v, block_size, start)
-        a = absmax[first : first + len(rows)]
-        a[:] = xp.abs(rows).max(axis=1)
-        rows *= (1 / xp.maximum(a, TINY))[:, None]
-        if tail.size:
-            absmax[-1] = xp.maximum(xp.abs(tail).max(), TINY)
-            tail /= absmax[-1]
+    for start, stop in _chunks(n, xp):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+            v = flat[start:stop].astype(np.float32)
+            rows, tail, first = _rows(v, block_size, start)
+            a = absmax[first : first + len(rows)]
+            a[:] = xp.abs(rows).max(axis=1)
+            rows *= (1 / xp.maximum(a, TINY))[:, None]
+            if tail.size:
+                absmax[-1] = xp.maximum(xp.abs(tail).max(), TINY)
+                tail /= absmax[-1]
         codes = nearest(v, codebook)
         if not pack:
             out[start:stop] = codes
-            return
+            continue
         if codes.size % 2:
             codes = xp.concatenate([codes, nearest(xp.zeros(1, np.float32), codebook)])
         pairs = codes.view("<u2")  # the first of two codes is the lower byte
         out[start // 2 : -(-stop // 2)] = pairs << 4 | pairs >> 8  # stored modulo 256
-
-    _in_chunks(n, step, xp)
     if not xp.isfinite(absmax).all():
         _refuse(x, name)
     return out, absmax
@@ -243,7 +241,7 @@ def _dequantize(codes: Array, table: np.ndarray, absmax: Array, block_size: int,
     width = table.shape[1]
     words = table.view((np.uint32, np.uint64)[width - 1]).reshape(-1)  # a pair is moved as one word
 
-    def step(start: int, stop: int) -> None:
+    for start, stop in _chunks(out.size, xp):
         v = out[start:stop] if out.dtype == np.float32 else xp.empty(stop - start, np.float32)
         piece = codes[start // width : stop // width]
         if xp is np:
@@ -257,8 +255,6 @@ def _dequantize(codes: Array, table: np.ndarray, absmax: Array, block_size: int,
         if v.dtype != out.dtype:
             out[start:stop] = v
 
-    _in_chunks(out.size, step, xp)
-
 
 def _rows(v: Array, block_size: int, start: int) -> tuple[Array, Array, int]:
     """Views of the full blocks (blocks, block_size) and of what is left over; the first block's number."""
@@ -266,17 +262,10 @@ def _rows(v: Array, block_size: int, start: int) -> tuple[Array, Array, int]:
     return v[:full].reshape(-1, block_size), v[full:], start // block_size
 
 
-def _in_chunks(n: int, step: Callable[[int, int], None], xp: ModuleType) -> None:
-    """step(start, stop) over 0..n: at once on a GPU, by chunks on a CPU."""
+def _chunks(n: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
+    """(start, stop) over 0..n, CHUNK by CHUNK on a CPU, at once on a GPU."""
     chunk = CHUNK if xp is np else max(n, 1)
-    starts = range(0, n, chunk)
-    stops = [min(start + chunk, n) for start in starts]
-    if xp is np and n >= THREADED and THREADS > 1:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(step, starts, stops))
-    else:
-        for start, stop in zip(starts, stops, strict=True):
-            step(start, stop)
+    return ((start, min(start + chunk, n)) for start in range(0, n, chunk))
 
 
 def _binned(x: Array, codebook: np.ndarray, block_size: int) -> tuple[Array, Array]:

@@ -48,9 +48,7 @@ def scale_by_definition(block, full):
     return (block * (1 / divisor), absmax) if full else (block / divisor, divisor)
 
 
-def by_definition(
-    w, codebook, block_size, *, scale=scale_by_definition, decide=codes_by_definition, high_first=True
-):
+def by_definition(w, codebook, block_size, *, scale=scale_by_definition, decide=codes_by_definition, high_first=True):
     """(packed, absmax, dequantised), block after block. The keywords are where mistakes are planted."""
     flat = w.reshape(-1).astype(np.float32)
     codes, absmax, back = [decide(np.zeros(0, np.float32), codebook)], [], []
@@ -112,13 +110,10 @@ def tensors(draw):
     block_size=st.sampled_from(BLOCK_SIZES),
     codebook=st.sampled_from(list(CODEBOOKS.values())),
     small_chunks=st.booleans(),
-    threads=st.sampled_from([1, 3]),
 )
-def test_fast_path_is_the_definition(w, block_size, codebook, small_chunks, threads):
+def test_fast_path_is_the_definition(w, block_size, codebook, small_chunks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", 4096 if small_chunks else module.CHUNK)
-        patch.setattr(module, "THREADED", 10_000)
-        patch.setattr(module, "THREADS", threads)
         q = quantize(w, codebook, block_size, double_quant=False)
         found = dequantize(q)
     packed, absmax, back = by_definition(w, codebook, block_size)
@@ -366,11 +361,7 @@ def test_bits_per_parameter():
 def test_bytes_are_those_of_the_arrays(w, block_size, double_quant):
     q = quantize(w, block_size=block_size, double_quant=double_quant)
     arrays = [q.packed, q.absmax] + ([q.nested_absmax] if double_quant else [])
-    assert (
-        q.nbytes
-        == sum(len(x.tobytes()) for x in arrays)
-        == quantized_nbytes(w.size, block_size, double_quant)
-    )
+    assert q.nbytes == sum(len(x.tobytes()) for x in arrays) == quantized_nbytes(w.size, block_size, double_quant)
     assert q.constants_nbytes == q.nbytes - q.packed.nbytes
 
 
