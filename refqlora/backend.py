@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,11 @@ def array_module(x: Array) -> ModuleType:
     """The module, numpy or cupy, whose functions work on `x`. If `x` is CuPy's, CuPy has been imported already."""
     cupy = sys.modules.get("cupy")
     return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def cores() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

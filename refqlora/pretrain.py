@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 
 from . import corpus
-from .backend import keep_freed_memory
+from .backend import cores, keep_freed_memory
 from .checkpoint import write_bytes
 from .config import Config
 from .data import pack, train_bpe
@@ -35,6 +34,7 @@ BASE = Config(
     eos_token_id=0,
 )
 
+SAMPLING = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "stop": (0,)}
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n", "import os\n")
 
 
@@ -47,15 +47,6 @@ def pretrain(
     decay 0.1 on matrices, cosine from `lr` to a tenth. Writes config.json, model.safetensors (bfloat16),
     tokenizer.json, README.md (the card), loss.png, and a checkpoint from which `resume` continues.
     """
-    keep_freed_memory()
-    started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    documents, unseen = corpus.modules(held_out=False), corpus.modules(held_out=True)
-    tokenizer = train_bpe(documents, BASE.vocab_size)
-    write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    text = pack(documents, tokenizer, CONTEXT, BASE.eos_token_id)
-    held_out = pack(unseen, tokenizer, CONTEXT, BASE.eos_token_id)
-    model = Model.from_config(BASE, seed)
     config = TrainingConfig(
         steps=steps,
         batch_size=batch_size,
@@ -69,6 +60,14 @@ def pretrain(
         eval_every=max(1, steps // 20),
         checkpoint_every=100,
     )
+    keep_freed_memory()
+    out.mkdir(parents=True, exist_ok=True)
+    documents, unseen = corpus.modules(held_out=False), corpus.modules(held_out=True)
+    tokenizer = train_bpe(documents, BASE.vocab_size)
+    write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    text = pack(documents, tokenizer, CONTEXT, BASE.eos_token_id)
+    held_out = pack(unseen, tokenizer, CONTEXT, BASE.eos_token_id)
+    model = Model.from_config(BASE, seed)
     probe = held_out.subset(range(0, len(held_out), 8))  # an eighth of it, for the curve
     rows = train(model, text, config, held_out=probe, out=out, resume=resume, title="pretraining")
     model.save_pretrained(out, ml_dtypes.bfloat16)
@@ -86,17 +85,9 @@ def pretrain(
         "held_out_loss": result.loss,
         "held_out_bits_per_byte": result.bits_per_byte,
         "seconds": sum(row["seconds"] for row in rows),
-        "total_seconds": time.perf_counter() - started,
+        "cores": cores(),
         "curve": [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row],
-        "samples": [
-            (
-                prompt,
-                complete(
-                    stored, tokenizer, prompt, max_new_tokens=80, temperature=0.6, top_p=0.9, stop=(0,), seed=seed
-                ),
-            )
-            for prompt in PROMPTS
-        ],
+        "samples": [(prompt, complete(stored, tokenizer, prompt, **SAMPLING, seed=seed)) for prompt in PROMPTS],
     }
     loss_figure(out / "loss.png", rows, "pretraining on the standard library's source")
     write_bytes(out / "README.md", card(facts).encode())
@@ -127,7 +118,7 @@ A Llama of {facts["parameters"]:,} parameters, trained from scratch by refqlora 
 | held out | {facts["held_out_documents"]} modules |
 | held-out loss | {facts["held_out_loss"]:.4f} nats a token |
 | held-out bits per byte | {facts["held_out_bits_per_byte"]:.4f} |
-| time in training steps | {facts["seconds"] / 60:.0f} minutes on 2 cores |
+| time in training steps | {facts["seconds"] / 60:.0f} minutes on {facts["cores"]} core{"s" * (facts["cores"] > 1)} |
 
 Held-out loss on an eighth of the held-out text, as it trained (`loss.png` has every step):
 
@@ -135,7 +126,7 @@ Held-out loss on an eighth of the held-out text, as it trained (`loss.png` has e
 |---|---|
 {curve}
 
-What it writes after a prompt of one line (temperature 0.6, top-p 0.9, 80 tokens):
+What it writes after a prompt of one line (temperature 0.8, top-p 0.95, 100 tokens):
 
 {samples}
 
