@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 from rich.console import Console
 
 from .checkpoint import BUNDLED
@@ -27,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
+            arguments.run(arguments)
+    except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         print(f"refqlora {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -40,12 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
+    top = _Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_demo, _finetune, _generate, _pretrain):
         add(commands)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -84,6 +92,8 @@ def _demo(commands: Any) -> None:
 
 
 def _run_demo(a: argparse.Namespace) -> None:
+    if a.compare and a.resume:
+        raise ValueError("--compare makes many short runs and cannot resume one")
     if a.compare:
         _report(a, compare(a.out, _console(a), steps=a.steps or 300, seed=a.seed))
     else:
@@ -121,14 +131,14 @@ def _finetune(commands: Any) -> None:
     )
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
-    group.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises")
+    group.add_argument("--warmup", type=_natural, default=0, help="steps in which the learning rate rises")
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, as in AdamW")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this global norm; 0: do not")
     group.add_argument(
         "--max-length", type=_count, default=None, help="tokens in a sequence (default: the model's context)"
     )
     group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data kept for evaluation")
-    group.add_argument("--eval-every", type=int, default=100, help="steps between evaluations; 0: only at the end")
+    group.add_argument("--eval-every", type=_natural, default=100, help="steps between evaluations; 0: only at the end")
     group.add_argument("--checkpoint-every", type=_count, default=50, help="steps between checkpoints")
     group.add_argument(
         "--recompute", action="store_true", help="gradient checkpointing: less memory, a third more time"
@@ -139,8 +149,8 @@ def _finetune(commands: Any) -> None:
 def _run_finetune(a: argparse.Namespace) -> None:
     if a.steps is not None and a.epochs is not None:
         raise ValueError("--steps and --epochs exclude each other")
-    if a.epochs is not None and not a.epochs > 0:
-        raise ValueError(f"--epochs must be above 0, not {a.epochs}")
+    if a.epochs is not None and not 0 < a.epochs < math.inf:
+        raise ValueError(f"--epochs must be a number above 0, not {a.epochs}")
     same = ("batch_size", "micro_batch_size", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
     same += ("eval_every", "checkpoint_every", "recompute", "seed")
     targets = a.targets if a.targets == "all-linear" else tuple(a.targets.split(","))
@@ -177,11 +187,11 @@ def _generate(commands: Any) -> None:
     command.add_argument("--no-quantize", action="store_true", help="leave the base in float32")
     command.add_argument("--max-new-tokens", type=_count, default=100, help="tokens to write at the most")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
-    command.add_argument("--top-k", type=int, default=0, help="sample from this many most probable tokens; 0: all")
+    command.add_argument("--top-k", type=_natural, default=0, help="sample from this many most probable tokens; 0: all")
     command.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the fewest tokens that reach this probability"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the sampling")
+    command.add_argument("--seed", type=_natural, default=0, help="of the sampling")
 
 
 def _run_generate(a: argparse.Namespace) -> None:
@@ -190,12 +200,13 @@ def _run_generate(a: argparse.Namespace) -> None:
     if a.adapter is not None:
         model.load_adapter(a.adapter)
     prompt = sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # Python's stand-ins for bytes that are no text
+        raise ValueError("the prompt is not UTF-8 text")
     eos = model.config.eos_token_id
     options = {"max_new_tokens": a.max_new_tokens, "temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p}
-    print(prompt, end="", flush=True)
-    for piece in stream(
-        model, tokenizer, prompt, stop=eos if isinstance(eos, tuple) else (eos,), seed=a.seed, **options
-    ):
+    pieces = stream(model, tokenizer, prompt, stop=eos if isinstance(eos, tuple) else (eos,), seed=a.seed, **options)
+    print(prompt + next(pieces), end="", flush=True)  # nothing is printed before the options are found to be good
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -223,6 +234,7 @@ def _run_pretrain(a: argparse.Namespace) -> None:
     _console(a).print(
         f"held-out loss {facts['held_out_loss']:.4f}, {facts['held_out_bits_per_byte']:.4f} bits a byte, in {a.out}/",
         highlight=False,
+        markup=False,
     )
     _report(a, facts)
 
@@ -231,16 +243,25 @@ def _run_pretrain(a: argparse.Namespace) -> None:
 
 
 def _common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0, help="of everything random")
+    command.add_argument("--seed", type=_natural, default=0, help="of everything random")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")
     command.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = -1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, not {text}")
+        return value
+
+    return whole_number
+
+
+_natural, _count = _at_least(0), _at_least(1)
 
 
 def _console(a: argparse.Namespace) -> Console:

@@ -46,10 +46,18 @@ def plain_source(tokenizer: Tokenizer, eos_id: int, block_size: int) -> Dataset:
     return blocks.subset(range(0, len(blocks), 8))
 
 
+def training_config(steps: int, seed: int, **options: Any) -> TrainingConfig:
+    """How the adapters learn the task, `options` aside; a run too short for the warm-up has a shorter one."""
+    return TrainingConfig(
+        steps=steps, seed=seed, **{**TRAINING, "warmup": min(TRAINING["warmup"], steps // 2), **options}
+    )
+
+
 def demo(out: Path, console: Console, *, steps: int = 600, seed: int = 0, resume: bool = False) -> dict[str, Any]:
     """Quantise, fine-tune, compare; print it as it goes; write adapter, metrics and figure to `out`; -> the figures."""
     keep_freed_memory()
     started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
     model = Model.from_pretrained(BUNDLED)
     tokenizer = load_tokenizer(BUNDLED)
     eos = model.config.eos_token_id
@@ -95,7 +103,7 @@ def demo(out: Path, console: Console, *, steps: int = 600, seed: int = 0, resume
     console.print(
         f"\n[bold]3. {steps} steps on {len(train_set):,} functions[/] of the library, {len(held_out)} others held out\n"
     )
-    config = TrainingConfig(steps=steps, seed=seed, **TRAINING, eval_every=max(1, steps // 6))
+    config = training_config(steps, seed, eval_every=max(1, steps // 6))
     rows = train(model, train_set, config, held_out=held_out, out=out, resume=resume, title="fine-tuning")
     after = evaluate(model, held_out)
     facts["seconds_per_step"] = float(np.median([row["seconds"] for row in rows]))
@@ -107,7 +115,7 @@ def demo(out: Path, console: Console, *, steps: int = 600, seed: int = 0, resume
     model.set_adapter(None)
     bits["off"] = evaluate(model, source).bits_per_byte
     facts["off_is_base"] = bool(np.array_equal(model.forward(some_source)[0], base_logits))
-    same = "to the bit what it was: nothing is forgotten" if facts["off_is_base"] else "NOT what it was"
+    same = "as before, to the bit: nothing is forgotten" if facts["off_is_base"] else "NOT as before"
     console.print(
         f"   held-out source       {bits['adapter']:.4f} bits a byte with the adapter on, {bits['off']:.4f} off: {same}"
     )
@@ -131,7 +139,9 @@ def demo(out: Path, console: Console, *, steps: int = 600, seed: int = 0, resume
     loss_figure(out / "loss.png", rows, "learning to write docstrings")
     facts["seconds"] = time.perf_counter() - started
     console.print(
-        f"Wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png", highlight=False
+        f"Wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png",
+        highlight=False,
+        markup=False,
     )
     console.print(f"{facts['seconds']:.0f} seconds in all", highlight=False)
     return facts

@@ -23,7 +23,8 @@ def loss_figure(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c4501b", markersize=4, label="held out")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats a token)", xlim=(0, steps[-1]))
+    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, steps[-1]))
+    axes.set_title(title, parse_math=False)  # a file's name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from .backend import keep_freed_memory
 from .checkpoint import BUNDLED
@@ -16,10 +17,9 @@ from .training import TrainingConfig, evaluate, train
 
 
 def read_dataset(
-    path: Path, tokenizer_path: Path, eos_id: int, max_length: int, held_out: float, seed: int
+    path: Path, tokenizer: Tokenizer, eos_id: int, max_length: int, held_out: float, seed: int
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) from a .jsonl file of examples, or from a text file or directory cut into blocks."""
-    tokenizer = load_tokenizer(tokenizer_path)
     if path.suffix == ".jsonl":
         dataset = tokenize_examples(read_jsonl(path), tokenizer, max_length, eos_id)
         return split(dataset, held_out, seed)
@@ -48,14 +48,15 @@ def finetune(
     keep_freed_memory()
     seed = training.get("seed", 0)
     model = Model.from_pretrained(base, quantize="nf4" if quantize else None)
+    tokenizer = load_tokenizer(base)
     eos = model.config.eos_token_id
-    if eos is None:
-        raise ValueError(f'{base}: config.json has no "eos_token_id", which ends every text')
-    eos = eos[0] if isinstance(eos, tuple) else eos
+    eos = eos[0] if isinstance(eos, tuple) and eos else eos
+    if not isinstance(eos, int) or not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
+        raise ValueError(f"{base}: a token must end every text: config.json's eos_token_id is {eos}")
     max_length = max_length or model.config.max_positions
     if not 1 <= max_length <= model.config.max_positions:
         raise ValueError(f"max length must be 1 to {model.config.max_positions}, the model's context, not {max_length}")
-    train_set, eval_set = read_dataset(data, base, eos, max_length, held_out, seed)
+    train_set, eval_set = read_dataset(data, tokenizer, eos, max_length, held_out, seed)
     if train_set.truncated:
         console.print(
             f"{train_set.truncated} examples are longer than {max_length} tokens and were cut", highlight=False
@@ -72,16 +73,20 @@ def finetune(
         f"{trainable:,} trainable parameters; {config.steps:,} steps of {config.batch_size}",
         highlight=False,
     )
+    out.mkdir(parents=True, exist_ok=True)
+    at_once = config.micro_batch_size or config.batch_size
     model.set_adapter(None)
-    before = evaluate(model, eval_set)  # B is zero at first, so this is the new adapter's loss too
+    before = evaluate(model, eval_set, at_once)  # B is zero at first, so this is the new adapter's loss too
     model.set_adapter("default")
     rows = train(model, train_set, config, held_out=eval_set, out=out, resume=resume, title="fine-tuning")
-    after = evaluate(model, eval_set)
+    after = evaluate(model, eval_set, at_once)
     model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
     loss_figure(out / "loss.png", rows, f"fine-tuning on {data.name}")
     console.print(f"held-out loss {before.loss:.4f} before, {after.loss:.4f} after (nats a token)", highlight=False)
     console.print(
-        f"wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png", highlight=False
+        f"wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png",
+        highlight=False,
+        markup=False,
     )
     return {
         "steps": config.steps,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .backend import Array, array_module
-from .checkpoint import read_metadata, read_tensors, write_bytes, write_tensors
+from .checkpoint import check_shapes, read_metadata, read_tensors, write_bytes, write_tensors
 from .data import Dataset, batch_indices
 from .functional import IGNORE, cross_entropy
 from .model import Model
@@ -39,7 +39,8 @@ class TrainingConfig:
 
     micro_batch_size: how many examples go through the model at once; the gradients of a step's micro-batches add up
     to those of the whole batch. recompute: gradient checkpointing. max_grad_norm: 0 turns clipping off. warmup and
-    floor shape the schedule (optim.learning_rate). Steps are counted, not epochs.
+    floor shape the schedule (optim.learning_rate). Steps are counted, not epochs. Raises ValueError for a setting that
+    cannot be used.
     """
 
     steps: int
@@ -58,11 +59,27 @@ class TrainingConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)!r}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be 1 or more, not {self.micro_batch_size!r}")
+        for field in ("steps", "batch_size", "micro_batch_size", "warmup", "seed", "eval_every", "checkpoint_every"):
+            value, least = getattr(self, field), 0 if field in ("warmup", "seed", "eval_every") else 1
+            if field == "micro_batch_size" and value is None:
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} must be a whole number of {least} or more, not {value!r}")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm must be 0 or more, not {self.max_grad_norm!r}")
+        AdamW({"": np.zeros(1)}, self.lr, self.betas, 1e-8, self.weight_decay)  # raises for what it cannot use
+        self.learning_rate(0)  # so does this, and here nothing has been done yet
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step`, counted from 0."""
+        return learning_rate(
+            step,
+            peak=self.lr,
+            schedule=self.schedule,
+            warmup_steps=self.warmup,
+            total_steps=self.steps,
+            floor=self.floor,
+        )
 
 
 class Evaluation(NamedTuple):
@@ -74,7 +91,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(model: Model, dataset: Dataset, batch_size: int = 16) -> Evaluation:
-    """The mean loss over every counted token of `dataset`, without dropout."""
+    """The mean loss over every counted token of `dataset`, without dropout.
+
+    Raises ValueError if none stands for any text, FloatingPointError if the loss is not finite.
+    """
+    nbytes = dataset.counted_bytes
+    if nbytes == 0:
+        raise ValueError("nothing to evaluate: no label counts but those of special tokens")
     total, count = 0.0, 0
     for start in range(0, len(dataset), batch_size):
         tokens, labels = dataset.batch(np.arange(start, min(start + batch_size, len(dataset))))
@@ -83,9 +106,9 @@ def evaluate(model: Model, dataset: Dataset, batch_size: int = 16) -> Evaluation
             logits, _ = model.forward(tokens, recompute=True)  # so that no layer's cache is kept
             total += cross_entropy(logits, labels, denominator=1)[0]
             count += n
-    if count == 0:
-        raise ValueError("nothing to evaluate: no label counts")
-    return Evaluation(total / count, count, total / math.log(2) / dataset.counted_bytes)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss over {count} tokens is {total}: the model has diverged")
+    return Evaluation(total / count, count, total / math.log(2) / nbytes)
 
 
 def loss_and_gradients(
@@ -148,9 +171,12 @@ def train(
         identity = _identity(model, dataset, config)
         if not resume:
             _refuse_unfinished(out / CHECKPOINT)
+            (out / CHECKPOINT).unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
         elif (out / CHECKPOINT).is_file():
             start = _load_checkpoint(out / CHECKPOINT, params, optimizer, identity)
             rows = _read_rows(out / METRICS)[:start]
+            if len(rows) < start:
+                raise ValueError(f"{out / METRICS}: has {len(rows)} rows, {CHECKPOINT} beside it is at step {start}")
         _write_rows(out / METRICS, rows)
 
     with _progress(title, config.steps, len(rows), progress) as update:
@@ -166,24 +192,18 @@ def train(
                 recompute=config.recompute,
             )
             norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
-            lr = learning_rate(
-                step,
-                peak=config.lr,
-                schedule=config.schedule,
-                warmup_steps=config.warmup,
-                total_steps=config.steps,
-                floor=config.floor,
-            )
+            lr = config.learning_rate(step)
             optimizer.step(grads, lr)
             row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
             row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
             if held_out is not None and config.eval_every and (step + 1) % config.eval_every == 0:
-                row["held_out_loss"] = evaluate(model, held_out, config.batch_size).loss
+                row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
             rows.append(row)
             if out is not None:
                 with open(out / METRICS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    _write_rows(out / METRICS, rows)  # onto the disk: they must not be behind the checkpoint
                     _save_checkpoint(out / CHECKPOINT, params, optimizer, identity)
             update(row, tokens.size)
             if on_step is not None:
@@ -211,7 +231,10 @@ def _refuse_unfinished(path: Path) -> None:
 
 def _load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:
     """Copy parameters and moments in; -> the number of steps that were made."""
-    found = json.loads(read_metadata(path).get("identity", "{}"))
+    stored = read_metadata(path).get("identity")
+    if stored is None:
+        raise ValueError(f"{path}: is not a checkpoint of a training run")
+    found = json.loads(stored)
     for key, value in identity.items():
         if found.get(key) != value:
             raise ValueError(
@@ -220,8 +243,7 @@ def _load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, ide
             )
     tensors = dict(read_tensors(path))
     state = {name.removeprefix("adamw."): tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")}
-    if {f"param.{name}" for name in params} != set(tensors):
-        raise ValueError(f"{path}: does not hold the parameters of this run")
+    check_shapes(tensors, {f"param.{name}": p.shape for name, p in params.items()}, str(path))
     try:
         optimizer.load_state(state)
     except ValueError as error:
@@ -237,20 +259,20 @@ def _identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[st
     JSON values: the settings that shape the numbers, the model's and the adapter's configs, and checksums of the
     frozen weights and of the data.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("eval_every", "checkpoint_every")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("recompute", "eval_every", "checkpoint_every")}
     adapter = None if model.active is None else asdict(model.adapters[model.active].config)
     frozen = 0
     if adapter is not None:
         for name in sorted(model.params):
             param = model.params[name]
-            for x in (param.packed, param.absmax) if isinstance(param, QuantizedTensor) else (param,):
+            for x in (param.packed, param.constants()) if isinstance(param, QuantizedTensor) else (param,):
                 frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
     identity = {
         **settings,
         "model": asdict(model.config),
         "adapter": adapter,
-        "weights": frozen,
-        "data": dataset.checksum,
+        "the weights' checksum": frozen,
+        "the data's checksum": dataset.checksum,
     }
     return json.loads(json.dumps(identity))
 
