@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. What was written there is put onto the disk and renamed to `path`, unless an
-    error came: then it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary name for `path`, in a directory beside it. What was written there is put onto the disk and renamed to
+    `path`, unless an error came. The directory goes in any case; one that a killed run left goes first."""
+    directory = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    temporary = directory / path.name
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
@@ -60,7 +64,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def split(items: list | Dataset, fraction: float, seed: int) -> tuple[list | Dat
     Raises ValueError if nothing would be left to train on.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction: expected a number between 0 and 1, found {fraction}")
+        raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")
     n_held_out = max(1, round(fraction * len(items)))
     if n_held_out >= len(items):
         raise ValueError(f"nothing left to train on: {n_held_out} of {len(items)} would be held out")

@@ -13,9 +13,7 @@ def _fail_if_oracle_is_missing(node, report):
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     if "could not import" in reason:
         report.outcome = "failed"
-        report.longrepr = (
-            f"{node.nodeid}: REFQLORA_REQUIRE_ORACLES is set, and this was to be skipped: {reason}"
-        )
+        report.longrepr = f"{node.nodeid}: REFQLORA_REQUIRE_ORACLES is set, and this was to be skipped: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)

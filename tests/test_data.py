@@ -438,7 +438,7 @@ def test_split_with_nothing_left_is_an_error():
         with pytest.raises(ValueError, match="nothing left to train on"):
             data.split(items, fraction, seed=0)
     for fraction in (0, 1, -1, 2, float("nan")):
-        with pytest.raises(ValueError, match="fraction: expected a number between 0 and 1"):
+        with pytest.raises(ValueError, match="the held-out fraction must be between 0 and 1"):
             data.split([1, 2, 3], fraction, seed=0)
 
 

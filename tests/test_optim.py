@@ -16,9 +16,7 @@ def draw(shapes, rng, dtype=np.float64, scale=1.0):
     return {name: np.asarray(rng.standard_normal(shape) * scale, dtype) for name, shape in shapes.items()}
 
 
-def reference_adamw(
-    p, grads, *, lr, beta1, beta2, eps, decay, decoupled=True, eps_outside=True, corrected=True
-):
+def reference_adamw(p, grads, *, lr, beta1, beta2, eps, decay, decoupled=True, eps_outside=True, corrected=True):
     """Algorithm 2 of the AdamW paper as printed, over a list of gradients; the switches plant mistakes."""
     m = v = np.zeros_like(p)
     for t, g in enumerate(grads, start=1):
@@ -46,9 +44,7 @@ def run_both(steps=20, **mistakes):
     return max(
         np.abs(
             params[name]
-            - reference_adamw(
-                p, [g[name] for g in grads], beta1=0.8, beta2=0.95, decay=0.1, **setting, **mistakes
-            )
+            - reference_adamw(p, [g[name] for g in grads], beta1=0.8, beta2=0.95, decay=0.1, **setting, **mistakes)
         ).max()
         for name, p in start.items()
     )
@@ -73,9 +69,7 @@ def unblocked_adamw(p, g, m, v, step, lr, betas, eps, weight_decay):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("size", "block"), [(1, None), (1000, 1), (1000, 37), (1000, 5000), (2 * CPU_BLOCK + 5, None)]
-)
+@pytest.mark.parametrize(("size", "block"), [(1, None), (1000, 1), (1000, 37), (1000, 5000), (2 * CPU_BLOCK + 5, None)])
 def test_blocks_change_no_bit(size, block, dtype):
     rng = np.random.default_rng(size)
     p, m, g1, g2 = (rng.standard_normal(size).astype(dtype) for _ in range(4))
@@ -240,9 +234,7 @@ def test_clipping_scales_to_the_norm_and_leaves_small_gradients_alone():
     clip_by_global_norm(grads, 0.3)
     for name, g in before.items():
         np.testing.assert_allclose(grads[name], g * (0.3 / (expected + 1e-6)), rtol=1e-15)
-    assert clip_by_global_norm(grads, math.inf) == pytest.approx(
-        0.3 * expected / (expected + 1e-6), rel=1e-14
-    )
+    assert clip_by_global_norm(grads, math.inf) == pytest.approx(0.3 * expected / (expected + 1e-6), rel=1e-14)
 
 
 @given(st.integers(1, 3 * CPU_BLOCK), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))

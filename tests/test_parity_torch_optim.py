@@ -30,8 +30,7 @@ def torch_run(start, grads, dtype):
             p.grad = torch.from_numpy(g[name].astype(dtype))
         optimiser.step()
     moments = [
-        {name: optimiser.state[p][key].numpy() for name, p in params.items()}
-        for key in ("exp_avg", "exp_avg_sq")
+        {name: optimiser.state[p][key].numpy() for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")
     ]
     return {name: p.detach().numpy() for name, p in params.items()}, *moments
 
@@ -77,8 +76,7 @@ def test_decaying_the_wrong_parameter_shows(problem):
 def test_clipping(problem, max_norm, dtype, tolerance):
     grads = {name: g.astype(dtype) for name, g in problem[0].items()}
     theirs = {
-        name: torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.from_numpy(g).dtype))
-        for name, g in grads.items()
+        name: torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.from_numpy(g).dtype)) for name, g in grads.items()
     }
     for name, p in theirs.items():
         p.grad = torch.from_numpy(grads[name].copy())

@@ -430,7 +430,7 @@ def assert_same_run(found, expected):
 
 
 def visible(out):
-    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in out.iterdir())
 
 
 @pytest.mark.parametrize("at", [1, 2])
