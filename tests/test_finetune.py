@@ -196,7 +196,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"adapter": {"targets": ("w_q",)}}, "target w_q matches no linear"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* found 5"),
-        ({"held_out": 1.0}, "expected a number between 0 and 1, found 1.0"),
+        ({"held_out": 1.0}, "the held-out fraction must be between 0 and 1, not 1.0"),
     ],
 )
 def test_nothing_is_begun_with_what_cannot_be_used(options, message, pairs, base, tmp_path):
