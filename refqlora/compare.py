@@ -13,9 +13,10 @@ from rich.table import Table
 
 from . import corpus
 from .backend import keep_freed_memory
-from .checkpoint import BUNDLED, write_json
+from .checkpoint import BUNDLED
 from .data import Dataset, load_tokenizer, pack
 from .demo import docstring_task, measure_step, plain_source, training_config
+from .files import write_json
 from .model import Model
 from .training import evaluate, train
 

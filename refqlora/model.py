@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checkpoint
+from . import adapters, checkpoint, files
 from .backend import Array, array_module
 from .config import Config
 from .functional import (
@@ -88,7 +88,7 @@ class Model:
             raise ValueError(f'quantize must be None or "nf4", not {quantize!r}')
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such directory")
-        config = Config.from_dict(checkpoint.read_json(path / "config.json"), where=str(path / "config.json"))
+        config = Config.from_dict(files.read_json(path / "config.json"), where=str(path / "config.json"))
         shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
         params: dict[str, Weight] = {}
         for name, tensor in checkpoint.read_model(path):
@@ -113,8 +113,8 @@ class Model:
             raise ValueError(f"{quantized[0]} is quantised: only a dense model is saved this way")
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: param.astype(dtype) for name, param in self.params.items()}
-        checkpoint.write_tensors(path / "model.safetensors", tensors)
-        checkpoint.write_json(path / "config.json", self.config.to_dict(dtype))
+        files.write_tensors(path / "model.safetensors", tensors)
+        files.write_json(path / "config.json", self.config.to_dict(dtype))
 
     def quantize(self, **options: Any) -> None:
         """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`)."""
@@ -151,7 +151,7 @@ class Model:
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
-        config, params = checkpoint.load_adapter(Path(path))
+        config, params = adapters.load_adapter(Path(path))
         try:
             linears = config.matches(self.config.linears())
         except ValueError as error:
@@ -167,7 +167,7 @@ class Model:
     def save_adapter(self, path: str | Path, name: str | None = None, base: str = "") -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`."""
         adapter = self.adapters[self._known(name or self.active)]
-        checkpoint.save_adapter(Path(path), adapter.config, adapter.params, base)
+        adapters.save_adapter(Path(path), adapter.config, adapter.params, base)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""

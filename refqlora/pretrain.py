@@ -10,10 +10,10 @@ import ml_dtypes
 
 from . import corpus
 from .backend import cores, keep_freed_memory
-from .checkpoint import write_bytes
 from .config import Config
 from .data import pack, train_bpe
 from .figures import loss_figure
+from .files import write_bytes
 from .generation import complete
 from .model import Model
 from .training import CHECKPOINT, TrainingConfig, evaluate, train

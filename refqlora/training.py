@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .backend import Array, array_module
-from .checkpoint import check_shapes, read_metadata, read_tensors, write_bytes, write_tensors
+from .checkpoint import check_shapes
 from .data import Dataset, batch_indices
+from .files import read_metadata, read_tensors, write_bytes, write_tensors
 from .functional import IGNORE, cross_entropy
 from .model import Model
 from .optim import AdamW, clip_by_global_norm, learning_rate

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import refqlora as rq
-from refqlora import checkpoint
+from refqlora import adapters, files
 
 SIZES = {
     "vocab_size": 37,
@@ -75,18 +75,18 @@ def change_json(path, **changes):
 
 def change_tensors(path, changes):
     """Set tensors of a safetensors file; ... removes one."""
-    tensors = dict(checkpoint.read_tensors(path)) | changes
-    checkpoint.write_tensors(path, {name: x for name, x in tensors.items() if x is not ...})
+    tensors = dict(files.read_tensors(path)) | changes
+    files.write_tensors(path, {name: x for name, x in tensors.items() if x is not ...})
 
 
 def into_shards(directory, shards=3):
     """Model.safetensors -> model-0000i-of-00003.safetensors and the index; returns the index's path."""
-    tensors = dict(checkpoint.read_tensors(directory / "model.safetensors"))
+    tensors = dict(files.read_tensors(directory / "model.safetensors"))
     names = sorted(tensors)
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        checkpoint.write_tensors(directory / file, {name: tensors[name] for name in names[i::shards]})
+        files.write_tensors(directory / file, {name: tensors[name] for name in names[i::shards]})
         weight_map |= dict.fromkeys(names[i::shards], file)
     (directory / "model.safetensors").unlink()
     index = directory / "model.safetensors.index.json"
@@ -147,10 +147,10 @@ def test_tensors_round_trip(tmp_path_factory, data, dtype, shape, layout):
     elif layout == "every second" and shape:
         x = x[::2]
     path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
-    checkpoint.write_tensors(path, {"a.weight": x, "b": np.ones(3, np.float32)}, {"steps": "7"})
-    found = dict(checkpoint.read_tensors(path))
+    files.write_tensors(path, {"a.weight": x, "b": np.ones(3, np.float32)}, {"steps": "7"})
+    found = dict(files.read_tensors(path))
     assert_same_bits(found, {"a.weight": x, "b": np.ones(3, np.float32)})
-    assert checkpoint.read_metadata(path) == {"format": "pt", "steps": "7"}
+    assert files.read_metadata(path) == {"format": "pt", "steps": "7"}
 
 
 MODELS = {
@@ -181,7 +181,7 @@ def test_a_model_in_16_bits_is_rounded_once(dtype, tmp_path):
     model = new_model()
     model.save_pretrained(tmp_path / "a", dtype)
     assert json.loads((tmp_path / "a/config.json").read_text())["dtype"] == np.dtype(dtype).name
-    stored = dict(checkpoint.read_tensors(tmp_path / "a/model.safetensors"))
+    stored = dict(files.read_tensors(tmp_path / "a/model.safetensors"))
     assert_same_bits(stored, {name: p.astype(dtype) for name, p in model.params.items()})
     again = rq.Model.from_pretrained(tmp_path / "a")
     assert_same_bits(again.params, {name: p.astype(np.float32) for name, p in stored.items()})
@@ -246,7 +246,7 @@ def test_the_adapter_that_is_named_is_saved(tmp_path):
     model.save_adapter(tmp_path / "active")
     model.save_adapter(tmp_path / "named", "default")
     for directory, name in (("active", "second"), ("named", "default")):
-        config, params = checkpoint.load_adapter(tmp_path / directory)
+        config, params = adapters.load_adapter(tmp_path / directory)
         assert config.rank == model.adapters[name].config.rank
         assert_same_bits(params, model.adapters[name].params)
     with pytest.raises(ValueError, match="no adapter 'third'; there are: 'default', 'second'"):
@@ -257,7 +257,7 @@ def test_adapter_files_have_pefts_names(adapter):
     """Key for key as PEFT writes them (peft 0.21)."""
     names = {f"model.layers.{i}.{x}" for i in (0, 1) for x in ("self_attn.q_proj", "mlp.down_proj")}
     keys = {f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
-    assert {name for name, _ in checkpoint.read_tensors(adapter / "adapter_model.safetensors")} == keys
+    assert {name for name, _ in files.read_tensors(adapter / "adapter_model.safetensors")} == keys
     config = json.loads((adapter / "adapter_config.json").read_text())
     expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 5, "lora_alpha": 7, "lora_dropout": 0.0}
     expected |= {"target_modules": ["q_proj", "down_proj"], "bias": "none", "use_rslora": False}
@@ -282,7 +282,7 @@ def cut(*args):
 
 @pytest.mark.parametrize(
     ("module", "function", "replacement"),
-    [(checkpoint, "save_file", half_written), (os, "fsync", cut), (os, "replace", cut)],
+    [(files, "save_file", half_written), (os, "fsync", cut), (os, "replace", cut)],
 )
 def test_an_error_in_the_middle_leaves_the_old_file(saved, adapter, monkeypatch, module, function, replacement):
     before = {file: file.read_bytes() for d in (saved, adapter) for file in d.iterdir()}
@@ -293,7 +293,7 @@ def test_an_error_in_the_middle_leaves_the_old_file(saved, adapter, monkeypatch,
         with_adapter(new_model(), rank=2).save_adapter(adapter)
     if module is os:
         with pytest.raises(Cut):
-            checkpoint.write_json(saved / "config.json", {})
+            files.write_json(saved / "config.json", {})
     assert {file: file.read_bytes() for d in (saved, adapter) for file in d.iterdir()} == before
 
 
@@ -306,9 +306,9 @@ def test_others_may_read_what_was_written(saved):
 def test_what_cannot_be_written_leaves_the_old_file(saved):
     before = {file: file.read_bytes() for file in saved.iterdir()}
     with pytest.raises(TypeError):
-        checkpoint.write_json(saved / "config.json", {"a": object()})
+        files.write_json(saved / "config.json", {"a": object()})
     with pytest.raises(Exception, match="complex128"):
-        checkpoint.write_tensors(saved / "model.safetensors", {"a": np.zeros(3, complex)})
+        files.write_tensors(saved / "model.safetensors", {"a": np.zeros(3, complex)})
     assert {file: file.read_bytes() for file in saved.iterdir()} == before
 
 
@@ -317,10 +317,10 @@ def test_a_killed_run_leaves_the_old_file(saved):
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     child = f"""
 import os, numpy as np
-from refqlora import checkpoint
+from refqlora import adapters, files
 os.replace = lambda *args: os._exit(9)
-path = checkpoint.Path({str(saved / "model.safetensors")!r})
-checkpoint.write_tensors(path, {{"a": np.ones(3, np.float32)}})
+path = files.Path({str(saved / "model.safetensors")!r})
+files.write_tensors(path, {{"a": np.ones(3, np.float32)}})
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(rq.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-c", child], env=environment).returncode == 9
@@ -503,8 +503,8 @@ def change_adapter(changes):
 def rename_keys(old, new):
     def spoil(d):
         path = d / "adapter_model.safetensors"
-        tensors = {name.replace(old, new): x for name, x in checkpoint.read_tensors(path)}
-        checkpoint.write_tensors(path, tensors)
+        tensors = {name.replace(old, new): x for name, x in files.read_tensors(path)}
+        files.write_tensors(path, tensors)
 
     return spoil
 

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 
 import refqlora as rq
 from refqlora import cli, compare, corpus, demo, pretrain
-from refqlora.checkpoint import BUNDLED, read_json
+from refqlora.checkpoint import BUNDLED
 from refqlora.data import Document, Example, load_tokenizer, pack, train_bpe
+from refqlora.files import read_json
 from refqlora.generation import complete
 from refqlora.training import evaluate
 

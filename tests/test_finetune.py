@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import refqlora as rq
 from refqlora import finetune as module
-from refqlora.checkpoint import read_json
 from refqlora.data import load_tokenizer
+from refqlora.files import read_json
 from refqlora.finetune import finetune, read_dataset
 from refqlora.training import evaluate
 

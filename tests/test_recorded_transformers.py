@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import refqlora as rq
-from refqlora.checkpoint import read_metadata, read_tensors
+from refqlora.files import read_metadata, read_tensors
 
 FILE = Path(__file__).parent / "fixtures" / "transformers.safetensors"
 TOLERANCE = 1e-5

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save, save_file
 from scipy.special import logsumexp
 
 import refqlora as rq
-from refqlora import checkpoint, training
+from refqlora import files, training
 from refqlora.data import Example, tokenize_examples
 from refqlora.functional import IGNORE, cross_entropy
 from refqlora.training import CHECKPOINT, METRICS, TrainingConfig, evaluate, loss_and_gradients, train
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     for key, p in model.trainable().items():
         np.testing.assert_array_equal(p, broken[key])  # the step was not made
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
-    assert checkpoint.read_metadata(tmp_path / CHECKPOINT)["step"] == "2"
+    assert files.read_metadata(tmp_path / CHECKPOINT)["step"] == "2"
 
 
 def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
@@ -313,7 +313,7 @@ def at_call(number, function):
 
 
 def kill_in_the_checkpoint(at):
-    whole = checkpoint.save_file
+    whole = files.save_file
     calls = 0
 
     def half(tensors, path, metadata):
@@ -326,7 +326,7 @@ def kill_in_the_checkpoint(at):
             die()
         whole(tensors, path, metadata)
 
-    checkpoint.save_file = half
+    files.save_file = half
 
 
 def kill_at_the_rename(name, at):
@@ -666,7 +666,7 @@ def scribble(path):
 
 def edit(change):
     def damage(path):
-        tensors, metadata = load_file(path), checkpoint.read_metadata(path)
+        tensors, metadata = load_file(path), files.read_metadata(path)
         change(tensors, metadata)
         save_file(tensors, path, metadata)
 

@@ -1,0 +1,67 @@
+"""What the commands share: a parser whose errors are one line, the types of options, the console, the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from ..checkpoint import BUNDLED
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives the defaults, but where there is none or a flag's."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, BUNDLED) else super()._get_help_string(action)
+
+
+def command(commands: Any, name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
+    added = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. {more}".strip(),
+        formatter_class=Help,
+    )
+    added.set_defaults(run=run)
+    return added
+
+
+def common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=natural, default=0, help="of everything random")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = -1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, not {text}")
+        return value
+
+    return whole_number
+
+
+natural, count = _at_least(0), _at_least(1)
+
+
+def console(a: argparse.Namespace) -> Console:
+    return Console(quiet=a.json, width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+
+
+def report(a: argparse.Namespace, facts: dict[str, Any]) -> None:
+    if a.json:
+        print(json.dumps(facts, indent=2))
