@@ -14,7 +14,13 @@ from .lora import LoraConfig
 PEFT_PREFIX = "base_model.model."
 
 
-def save_adapter(directory: Path, config: LoraConfig, params: Mapping[str, np.ndarray], base: str = "") -> None:
+def save_adapter(
+    directory: Path,
+    config: LoraConfig,
+    params: Mapping[str, np.ndarray],
+    base: str = "",
+    fan_in_fan_out: bool = False,
+) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
 
     params: `<linear>.lora_A.weight` (r, in) and `<linear>.lora_B.weight` (out, r). `base` is recorded as
@@ -38,7 +44,7 @@ def save_adapter(directory: Path, config: LoraConfig, params: Mapping[str, np.nd
             "target_modules": targets if isinstance(targets, str) else list(targets),
             "use_rslora": config.rslora,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": fan_in_fan_out,  # whether the base's files hold (in, out); the adapter's are the same
             "inference_mode": True,
             "init_lora_weights": True,
             "modules_to_save": None,
@@ -50,7 +56,7 @@ def save_adapter(directory: Path, config: LoraConfig, params: Mapping[str, np.nd
 _MUST_BE = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, True),
     "modules_to_save": (None, []),
     "use_dora": (False, None),
     "rank_pattern": ({}, None),
