@@ -125,6 +125,14 @@ class Config:
         """How many elements of each head RoPE turns."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def rope_regime(self, length: int) -> int:
+        """What RoPE's frequencies depend on in a text of `length` tokens: keys turned in one regime are of no use in
+        another."""
+        kind = (self.rope_scaling or {}).get("rope_type")
+        if kind == "dynamic":
+            return max(length, self.max_positions)
+        return int(kind == "longrope" and length > self.rope_scaling["original_max_position_embeddings"])
+
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, itself included; None: all before it."""
         return None if self.windows is None else self.windows[layer]

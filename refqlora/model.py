@@ -141,7 +141,7 @@ class Model:
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
-        config, params = adapters.load_adapter(Path(path))
+        config, params = adapters.load_adapter(Path(path), self.config.architecture.conv1d)
         try:
             linears = config.matches(self.config.linears())
         except ValueError as error:
@@ -157,8 +157,7 @@ class Model:
     def save_adapter(self, path: str | Path, name: str | None = None, base: str = "") -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`."""
         adapter = self.adapters[self._known(name or self.active)]
-        conv1d = self.config.architecture.conv1d
-        adapters.save_adapter(Path(path), adapter.config, adapter.params, base, fan_in_fan_out=conv1d)
+        adapters.save_adapter(Path(path), adapter.config, adapter.params, base, self.config.architecture.conv1d)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""
@@ -211,6 +210,10 @@ class Model:
         config, params, a = self.config, self.params, self.config.architecture
         start = 0 if kv is None else kv.length
         length = start + tokens.shape[1]
+        if start and config.rope_regime(length) != config.rope_regime(start):
+            raise ValueError(
+                f"at {length} positions RoPE's frequencies change, and the {start} cached keys must be made anew"
+            )
         positions = array_module(tokens).arange(start, length)
         x, embedding = embedding_forward(tokens, params[a.embedding + ".weight"])  # (B, T, D)
         if a.scaled_embedding:
