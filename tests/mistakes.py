@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from refqlora import functional, lora, model
+from refqlora import functional, head, lora, model
 from refqlora.model import Model
 
 
@@ -221,8 +221,21 @@ def without_the_weight(right):
     return backward
 
 
-def no_head_part(dx, grads):
-    return dx, {name: grad * 0 for name, grad in grads.items()}
+def without_the_head_s_part(right):
+    def backward(dlogits, cache, train_weight=False):
+        dx, grads = right(dlogits, cache, train_weight)
+        return dx, {name: grad * 0 for name, grad in grads.items()}
+
+    return backward
+
+
+def last_tile_only(right):
+    def backward(dlogits, cache, train_weight=False):
+        (*_, last), dlast = head._tiles(cache[1]), np.zeros_like(dlogits)
+        dlast[..., last] = dlogits[..., last]
+        return right(dlast, cache)[0], right(dlogits, cache, train_weight)[1]
+
+    return backward
 
 
 def no_mask(adapter, keep):
@@ -287,9 +300,12 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "model: residual around attention forgotten": forgotten_residual(of_mlp=False),
         "model: residual around the MLP forgotten": forgotten_residual(of_mlp=True),
     },
+    "head_backward": {
+        "head: dx of the last tile only": last_tile_only,
+        "model: tied embedding without the head's part": without_the_head_s_part,
+    },
     "backward": {
         "model: v's share of dn forgotten": wrong_use("v_proj.weight", lambda dx, grads: (dx * 0, grads)),
-        "model: tied embedding without the head's part": wrong_use("embed_tokens.weight", no_head_part),
         "model: recomputation draws other dropout masks": new_masks_on_recomputing,
     },
 }
@@ -300,7 +316,7 @@ MISTAKES = {what: (function, plant) for function, plants in PLANTS.items() for w
 def planted(mistake: str) -> Iterator[None]:
     """The engine with one mistake in it."""
     function, plant = MISTAKES[mistake]
-    owners = [owner for owner in (functional, lora, model, Model) if hasattr(owner, function)]
+    owners = [owner for owner in (functional, lora, head, model, Model) if hasattr(owner, function)]
     assert owners, f"the engine has no {function}"
     with ExitStack() as stack:
         for owner in owners:
