@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
             arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
-        print(f"refqlora {arguments.command}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
+        print(f"refqlora {arguments.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last checkpoint" if "resume" in arguments else ""
