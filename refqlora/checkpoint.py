@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import read_json, read_weights
+from .files import FLOATS, read_json, read_weights
 
 BUNDLED = Path(__file__).parent / "assets"  # the directory of the bundled base model
 
 
-def read_model(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a Hugging Face model directory, file after file.
 
     Raises FileNotFoundError where there is no safetensors file, and ValueError for one that cannot be read, a tensor
-    that is not of 16, 32 or 64 bit floats, or an index that names a tensor its file lacks.
+    that is not of `dtypes` (floats of 16, 32 or 64 bits), or an index that names a tensor its file lacks.
     """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file() or not index.is_file():
-        yield from read_weights(directory / "model.safetensors")
+        yield from read_weights(directory / "model.safetensors", dtypes)
         return
     wanted = read_json(index).get("weight_map")
     if not isinstance(wanted, dict) or not all(isinstance(shard, str) for shard in wanted.values()):
         raise ValueError(f'{index}: has no "weight_map" of tensors to files')
     for shard in sorted(set(wanted.values())):
         found = set()
-        for name, tensor in read_weights(directory / shard):
+        for name, tensor in read_weights(directory / shard, dtypes):
             found.add(name)
             yield name, tensor
         missing = sorted(name for name, file in wanted.items() if file == shard and name not in found)

@@ -66,8 +66,6 @@ class Config:
             raise ValueError(f'{where}: model_type "{d["model_type"]}" is not supported; supported: "llama"')
         if d.get("hidden_act", "silu") != "silu":
             raise ValueError(f'{where}: hidden_act "{d["hidden_act"]}" is not supported; supported: "silu"')
-        if d.get("quantization_config") is not None:
-            raise ValueError(f"{where}: a checkpoint that is quantised already is not supported; load the original")
         rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: the RoPE parameters must be an object, not {rope!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
 
 
-def read_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """`read_tensors` of a file that others made: no pickle stands in for it, and every tensor is of floats."""
+def read_weights(path: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
+    """`read_tensors` of a file that others made: no pickle stands in for it, and every tensor is of `dtypes`."""
     pickled = sorted(path.parent.glob("*.bin"))
     if pickled and not path.is_file():
         raise ValueError(f"{pickled[0]}: is pickled, which is never opened; save it as safetensors")
     for name, tensor in read_tensors(path):
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
         yield name, tensor

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import adapters, checkpoint, files
+from . import adapters, bnb, checkpoint, files, shards
 from .backend import Array, array_module
+from .codebooks import CODEBOOKS
 from .config import Config
 from .functional import (
     attention_backward,
@@ -34,7 +35,7 @@ from .functional import (
 from .kv_cache import KVCache
 from .lora import LoRA, LoraConfig, Weight, init_lora, linear_backward, linear_forward
 from .quantize import QuantizedTensor
-from .quantize import quantize as nf4  # `quantize` is an option's name here
+from .quantize import quantize as to_4_bits  # `quantize` is an option's name here
 
 
 class Adapter(NamedTuple):
@@ -77,28 +78,33 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, quantize: str | None = None, dtype: Any = np.float32) -> Model:
-        """Load a Hugging Face Llama directory (config.json and safetensors in 16 or 32 bits).
+        """Load a Hugging Face Llama directory (config.json and safetensors in 16 or 32 bits, or bitsandbytes' in 4).
 
-        Weights are held in `dtype`; with `quantize="nf4"` each linear's weight becomes NF4 with double quantisation
-        as it is read. Embeddings, norms and the output head stay as they are. Raises ValueError or
+        Weights are held in `dtype`; with `quantize`, "nf4", "fp4" or "int4", each linear's weight is double-quantised
+        as it is read. Embeddings, norms and the output head stay as they are. A checkpoint of bitsandbytes is held
+        with the bits of the file, and `quantize` can ask for its own type only. Raises ValueError or
         FileNotFoundError naming what is missing, unexpected, misshapen or not supported.
         """
         path = Path(path)
-        if quantize not in (None, "nf4"):
-            raise ValueError(f'quantize must be None or "nf4", not {quantize!r}')
+        if quantize not in (None, *CODEBOOKS):
+            raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such directory")
-        config = Config.from_dict(files.read_json(path / "config.json"), where=str(path / "config.json"))
+        d, where = files.read_json(path / "config.json"), str(path / "config.json")
+        config = Config.from_dict(d, where)
+        stored = bnb.quantization_config(d, where)
+        if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
+            raise ValueError(f"{where}: is quantised already, not to {quantize}: load it with quantize=None")
         shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
         params: dict[str, Weight] = {}
-        for name, tensor in checkpoint.read_model(path):
+        for name, tensor in bnb.read_model(path, stored, linears | {"lm_head.weight"}):
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # older writers keep what follows from the config
             if name in shapes and tensor.shape != shapes[name]:
                 raise ValueError(f"{path}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
-            params[name] = tensor.astype(dtype)
-            if quantize and name in linears:
-                params[name] = nf4(params[name], name=name)
+            params[name] = tensor if isinstance(tensor, QuantizedTensor) else tensor.astype(dtype)
+            if quantize and stored is None and name in linears:
+                params[name] = to_4_bits(params[name], CODEBOOKS[quantize], name=name)
         head = params.pop("lm_head.weight", None) if config.tied else None  # some writers keep a copy
         checkpoint.check_shapes(params, shapes, str(path))
         if head is not None and not np.array_equal(head, params[config.head]):
@@ -106,22 +112,23 @@ class Model:
         return cls(config, {name: params[name] for name in shapes})
 
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32) -> None:
-        """Write config.json and model.safetensors with the weights in `dtype`. Adapters are not included."""
+        """Write config.json and model.safetensors (shards, where it is large), without adapters: dense weights in
+        `dtype`, quantised ones as bitsandbytes writes them (ValueError for a codebook that it does not have)."""
         path = Path(path)
-        quantized = [name for name, p in self.params.items() if isinstance(p, QuantizedTensor)]
-        if quantized:
-            raise ValueError(f"{quantized[0]} is quantised: only a dense model is saved this way")
+        config = self.config.to_dict(dtype) | bnb.config_of(self.params, self.config.linears(), dtype)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: param.astype(dtype) for name, param in self.params.items()}
-        files.write_tensors(path / "model.safetensors", tensors)
-        files.write_json(path / "config.json", self.config.to_dict(dtype))
+        shards.write_model(path, bnb.disassemble(self.params, dtype))
+        files.write_json(path / "config.json", config)
 
-    def quantize(self, **options: Any) -> None:
-        """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`)."""
+    def quantize(self, kind: str = "nf4", **options: Any) -> None:
+        """Replace each linear's weight by its quantisation to "nf4", "fp4" or "int4", in place (`options`: those of
+        `quantize`). What is quantised already stays as it is."""
+        if kind not in CODEBOOKS:
+            raise ValueError(f"quantize must be one of {', '.join(CODEBOOKS)}, not {kind!r}")
         for name in self.config.linears():
             weight = self.params[name + ".weight"]
             if not isinstance(weight, QuantizedTensor):
-                self.params[name + ".weight"] = nf4(weight, name=name + ".weight", **options)
+                self.params[name + ".weight"] = to_4_bits(weight, CODEBOOKS[kind], name=name + ".weight", **options)
 
     # ---- adapters ----
 

@@ -101,7 +101,6 @@ def test_a_missing_field_is_named_with_the_file(key):
     [
         ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported; supported: "llama"'),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported'),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised already"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'RoPE of type "llama3" is not supported'),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 'RoPE of type "linear" is not supported'),
         ({"rope_parameters": {"rope_type": "yarn"}}, 'RoPE of type "yarn" is not supported'),
