@@ -10,6 +10,7 @@ import numpy as np
 
 from .files import FLOATS, read_json, read_weights
 
+INDEX = "model.safetensors.index.json"
 BUNDLED = Path(__file__).parent / "assets"  # the directory of the bundled base model
 
 
@@ -20,21 +21,29 @@ def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator
     that is not of `dtypes` (floats of 16, 32 or 64 bits), or an index that names a tensor its file lacks.
     """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if (directory / "model.safetensors").is_file() or not index.is_file():
         yield from read_weights(directory / "model.safetensors", dtypes)
         return
-    wanted = read_json(index).get("weight_map")
-    if not isinstance(wanted, dict) or not all(isinstance(shard, str) for shard in wanted.values()):
-        raise ValueError(f'{index}: has no "weight_map" of tensors to files')
-    for shard in sorted(set(wanted.values())):
+    for shard, wanted in read_index(index).items():
         found = set()
         for name, tensor in read_weights(directory / shard, dtypes):
             found.add(name)
             yield name, tensor
-        missing = sorted(name for name, file in wanted.items() if file == shard and name not in found)
+        missing = sorted(wanted - found)
         if missing:
             raise ValueError(f"{directory / shard}: lacks {missing[0]}, which {index.name} says it holds")
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """The shards that an index names, in their order, and the tensors that it says each holds."""
+    wanted = read_json(path).get("weight_map")
+    if not isinstance(wanted, dict) or not all(isinstance(shard, str) for shard in wanted.values()):
+        raise ValueError(f'{path}: has no "weight_map" of tensors to files')
+    shards: dict[str, set[str]] = {shard: set() for shard in sorted(set(wanted.values()))}
+    for name, shard in wanted.items():
+        shards[shard].add(name)
+    return shards
 
 
 def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

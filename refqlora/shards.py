@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint import INDEX
 from .files import write_json
 
 SHARD = 5 * 10**9  # bytes of a shard
-INDEX = "model.safetensors.index.json"
 
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 

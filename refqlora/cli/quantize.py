@@ -1,0 +1,46 @@
+"""`refqlora quantize`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..bnb import TYPES
+from ..quantize import BLOCK_SIZES
+from ..quantize_files import quantize_files
+from .options import command, console, report
+
+
+def add(commands: Any) -> None:
+    options = command(
+        commands,
+        "quantize",
+        run,
+        "write a model's linears in 4 bits, as transformers and bitsandbytes load them",
+        "Embeddings, norms and the output head stay as they are; the tokenizer comes along.",
+    )
+    options.add_argument("--model", type=Path, required=True, help="directory of the model, in safetensors")
+    options.add_argument("--out", type=Path, required=True, help="directory to write to, new or empty")
+    options.add_argument("--type", choices=TYPES, default="nf4", help="the codebook: NormalFloat or 4-bit float")
+    options.add_argument(
+        "--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights that share a constant"
+    )
+    options.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
+    options.add_argument("--shard-size", type=float, default=5.0, help="gigabytes of a file at the most")
+    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+
+
+def run(a: argparse.Namespace) -> None:
+    if not 0 < a.shard_size < float("inf"):
+        raise ValueError(f"--shard-size must be a number above 0, not {a.shard_size}")
+    facts = quantize_files(
+        a.model,
+        a.out,
+        console(a),
+        kind=a.type,
+        block_size=a.block_size,
+        double_quant=not a.no_double_quant,
+        shard_bytes=int(a.shard_size * 10**9),
+    )
+    report(a, facts)
