@@ -187,7 +187,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
 
 def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
     state: State = parts.pop("quant_state")
-    for part in parts.keys() - _wanted(state):
+    for part in sorted(parts.keys() - _wanted(state)):
         raise ValueError(f"{where}: {name}.{part} is not expected: its quant_state says that absmax is not quantised")
     n = math.prod(state.shape)
     nested, blocks = state.nested_offset is not None, -(-n // state.blocksize)
@@ -198,9 +198,10 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
         "nested_absmax": ("float32", (-(-blocks // NESTED_BLOCK),)),
         "nested_quant_map": ("float32", (256,)),
     }
-    for part, array in parts.items():
-        key = name if part == "weight" else f"{name}.{part}"
-        dtype, shape = expected[part]
+    for part, (dtype, shape) in expected.items():
+        if part not in parts:
+            continue
+        key, array = name if part == "weight" else f"{name}.{part}", parts[part]
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(
                 f"{where}: {key} is {array.dtype} of shape {array.shape}, expected {dtype} of shape {shape}: "

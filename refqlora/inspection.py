@@ -1,6 +1,6 @@
 """What is in a safetensors file or a directory: what `refqlora inspect` finds out. Data are read only where they count.
 
-inspect(path) -> {"path", and of "model", "adapter", "training", "tokenizer", "tensors" those that are there}
+inspect(path) -> {"path", and of "model", "adapter", "training", "tokenizer", "tensors", "files" what is there}
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _file(path: Path, error: bool, progress: Progress) -> dict[str, Any]:
     weights: dict[str, Any] = tensors
     if any(".quant_state." in name for name in tensors) and not SHARD.fullmatch(path.name):
         weights = _assembled(tensors, {"bnb_4bit_quant_storage": "uint8"}, str(path))
-    linears = {name for name, t in weights.items() if _is_matrix(t)}
+    linears = {name for name, t in weights.items() if _is_matrix(t)} if weights is tensors else set()
     return {"tensors": {"metadata": metadata, **_weights(tensors, weights, linears, error, progress)}}
 
 
@@ -232,6 +232,7 @@ def _adapter(directory: Path, error: bool, progress: Progress) -> dict[str, Any]
         "base": base,
         "scale": scale,
         "matrices": _matrices(tensors, scale, weights, str(directory / "adapter_model.safetensors"), error, progress),
+        "others": sorted(name for name in tensors if not _MATRIX.fullmatch(name)),
         **_sums(tensors),
     }
 
@@ -261,6 +262,8 @@ def _matrices(
         row: dict[str, Any] = {"linear": linear, "rank": a.shape[0], "in": a.shape[1], "out": b.shape[0]}
         if error:
             A, B = a.array.astype(np.float64), b.array.astype(np.float64)
+            if not (np.isfinite(A).all() and np.isfinite(B).all()):
+                raise ValueError(f"{where}: {linear}: A or B holds what is not finite")
             # |B A|^2 is the trace of (B^T B)(A A^T): (r, r) matrices, where B A would be as large as W.
             change = (scale or 1.0) * float(max(0.0, ((B.T @ B) * (A @ A.T)).sum()) ** 0.5)
             row |= {"norm_A": float(np.linalg.norm(A)), "norm_B": float(np.linalg.norm(B)), "norm_change": change}

@@ -124,7 +124,8 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
     yield table
     yield Text(
         "error: root mean square, in units of the weights' own, rms\n"
-        "absmax: of the largest block, in the same units; above 6 rms: weights in a million\n" + _more(rows)
+        "absmax: of the largest block, in the same units\n"
+        "above 6 rms: weights in a million\n" + _more(rows)
     )
 
 
@@ -133,26 +134,36 @@ def _adapter(adapter: dict[str, Any]) -> Iterator[Table | Text]:
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
     if "scale" in adapter:
         shown |= {"scale": f"{adapter['scale']:g}", "base model": adapter["base"] or "not recorded"}
+    if adapter.get("others"):
+        shown["other tensors"] = ", ".join(adapter["others"])
     parameters = sum(row["rank"] * (row["in"] + row["out"]) for row in adapter["matrices"])
     yield _pairs("adapter", {**shown, "parameters": parameters, "bytes": adapter["stored"]["bytes"]})
     rows = adapter["matrices"]
     relative = any("relative_change" in row for row in rows)
     normed = any("norm_change" in row for row in rows)
-    columns = ["linear", "rank", "out x in"]
-    columns += ["|A|", "|B|", "|s B A|" if "scale" in adapter else "|B A|"] if normed else []
-    columns += ["/ |W|"] if relative else []
-    table = _table("matrices" + (", the largest change first" if normed else ""), *columns)
-    shown_rows = rows[:LONGEST] if normed else rows
-    for row in shown_rows:
-        cells = [short(row["linear"]), str(row["rank"]), f"{row['out']} x {row['in']}"]
-        if normed:
-            cells += [f"{row[key]:.4g}" for key in ("norm_A", "norm_B", "norm_change")]
+    if not normed:
+        yield _by_kind(rows)
+        return
+    columns = ["|A|", "|B|", "|s B A|" if "scale" in adapter else "|B A|"] + ["/ |W|"] * relative
+    table = _table("matrices, the largest change first", "linear", "rank", "out x in", *columns)
+    for row in rows[:LONGEST]:
+        cells = [f"{row[key]:.3g}" for key in ("norm_A", "norm_B", "norm_change")]
         if relative:
-            cells += [f"{row['relative_change']:.4f}" if "relative_change" in row else ""]
-        table.add_row(*cells)
+            cells.append(f"{row['relative_change']:.4f}" if "relative_change" in row else "")
+        table.add_row(short(row["linear"]), str(row["rank"]), f"{row['out']} x {row['in']}", *cells)
     yield table
-    if normed:
-        yield Text("|.|: the Frobenius norm\n" + _more(rows))
+    yield Text("|.|: the Frobenius norm\n" + _more(rows))
+
+
+def _by_kind(rows: Sequence[dict[str, Any]]) -> Table:
+    groups: dict[tuple, int] = {}
+    for row in rows:
+        key = (re.sub(r"\.\d+\.", ".*.", row["linear"]), row["rank"], row["out"], row["in"])
+        groups[key] = groups.get(key, 0) + 1
+    table = _table("matrices, by kind", "linear", "n", "rank", "out x in")
+    for (name, rank, out, into), n in sorted(groups.items()):
+        table.add_row(short(name).replace("layers.*.", "*."), str(n), str(rank), f"{out} x {into}")
+    return table
 
 
 def _training(training: dict[str, Any]) -> Iterator[Table | Text]:

@@ -28,13 +28,10 @@ def add(commands: Any) -> None:
         "--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights that share a constant"
     )
     options.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
-    options.add_argument("--shard-size", type=float, default=5.0, help="gigabytes of a file at the most")
     options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
 
 
 def run(a: argparse.Namespace) -> None:
-    if not 0 < a.shard_size < float("inf"):
-        raise ValueError(f"--shard-size must be a number above 0, not {a.shard_size}")
     facts = quantize_files(
         a.model,
         a.out,
@@ -42,6 +39,5 @@ def run(a: argparse.Namespace) -> None:
         kind=a.type,
         block_size=a.block_size,
         double_quant=not a.no_double_quant,
-        shard_bytes=int(a.shard_size * 10**9),
     )
     report(a, facts)
