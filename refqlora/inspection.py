@@ -179,8 +179,8 @@ def _quantized(weights: dict[str, QuantizedTensor]) -> dict[str, Any]:
 def _nf4_error(name: str, weight: Mapped) -> dict[str, Any]:
     """The error of NF4, double-quantised in blocks of 64; and its cause: the largest block's absmax, in units of the
     weights' root mean square, and how many weights in a million are above six of them."""
-    w = weight.array
-    q = quantize(w, double_quant=True, name=f"{weight.file}: {name}")
+    w = weight.read()
+    q = quantize(w, name=f"{weight.path}: {name}")
     e = quantization_error(w, q)
     rms = (e.weight_squares / w.size) ** 0.5 if w.size else 0.0
     outliers = sum(int((np.abs(row.astype(np.float32)) > 6 * rms).sum()) for row in w)
@@ -199,7 +199,7 @@ def _sums(tensors: dict[str, Mapped]) -> dict[str, Any]:
     files: dict[str, int] = {}
     dtypes: dict[str, dict[str, int]] = {}
     for t in tensors.values():
-        files[t.file] = files.get(t.file, 0) + t.nbytes
+        files[t.path.name] = files.get(t.path.name, 0) + t.nbytes
         entry = dtypes.setdefault(t.dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += t.nbytes
@@ -269,7 +269,7 @@ def _matrices(
             row |= {"norm_A": float(np.linalg.norm(A)), "norm_B": float(np.linalg.norm(B)), "norm_change": change}
             w = (base or {}).get(linear + ".weight")
             if w is not None and tuple(w.shape) == (row["out"], row["in"]):
-                norm = float(np.linalg.norm(dense(w if isinstance(w, QuantizedTensor) else w.array, np.dtype("f4"))))
+                norm = float(np.linalg.norm(dense(w if isinstance(w, QuantizedTensor) else w.read(), np.dtype("f4"))))
                 row["relative_change"] = change / norm if norm else 0.0
         rows.append(row)
     return sorted(rows, key=lambda row: -row.get("relative_change", row.get("norm_change", 0.0)))

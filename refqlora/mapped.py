@@ -20,14 +20,20 @@ _DTYPES = {
 
 
 class Mapped(NamedTuple):
-    """A tensor: the file that holds it, the dtype's name in the header, the shape, the bytes, and the array over them;
-    None where NumPy has no such dtype."""
+    """A tensor: the file that holds it and from which byte, the dtype's name in the header, the shape, the bytes, and
+    the array over them; None where NumPy has no such dtype."""
 
-    file: str
+    path: Path
+    start: int
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     array: np.ndarray | None
+
+    def read(self) -> np.ndarray:
+        """A copy, for whoever goes through it all: pages of the map count as the process's own while it is open."""
+        data = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.start)
+        return data.view(self.array.dtype).reshape(self.shape)
 
 
 def map_tensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
@@ -50,5 +56,5 @@ def map_tensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
         array = None
         if dtype in _DTYPES:
             array = np.ndarray(shape, _DTYPES[dtype], data, 8 + length + start)
-        tensors[name] = Mapped(path.name, dtype, shape, stop - start, array)
+        tensors[name] = Mapped(path, 8 + length + start, dtype, shape, stop - start, array)
     return tensors, metadata

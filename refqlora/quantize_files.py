@@ -108,11 +108,13 @@ def _quantized(
         if name not in linears:
             rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, tensor.nbytes, None))
             yield name, tensor
+            del tensor  # before the next is read
             continue
         if tensor.shape != shapes[name]:
             raise ValueError(f"{model}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
         q = quantize(tensor, CODEBOOKS[kind], block_size, double_quant, name=f"{model}: {name}")
         rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, q.nbytes, quantization_error(tensor, q)))
+        del tensor
         yield from bnb.parts_of(name, q)
     if config.tied:
         seen.setdefault("lm_head.weight", SimpleNamespace(shape=shapes[config.head]))

@@ -40,6 +40,7 @@ def write_model(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shar
                     shards[-1].finish()
                     shards.append(_Shard(scratch / str(len(shards))))
             shards[-1].add(name, array)
+            del array  # before the next is made
         shards[-1].finish()
         _put(directory, shards)
     finally:

@@ -21,8 +21,9 @@ def test_it_gives_what_was_written(tmp_path):
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         t = found[name]
-        assert (t.file, t.shape, t.nbytes, t.array.dtype) == ("a.safetensors", x.shape, x.nbytes, x.dtype)
-        assert t.array.tobytes() == x.tobytes()
+        assert (t.path, t.shape, t.nbytes) == (tmp_path / "a.safetensors", x.shape, x.nbytes)
+        for array in (t.array, t.read()):
+            assert (array.dtype, array.shape, array.tobytes()) == (x.dtype, x.shape, x.tobytes())
         assert not t.array.flags.writeable
 
 
@@ -39,7 +40,9 @@ def test_a_tensor_that_lies_at_an_odd_byte(tmp_path):
         "b": {"dtype": "F32", "shape": [3], "data_offsets": [1, 13]},
     }
     write_raw(tmp_path / "a.safetensors", header, b"\0" + x.tobytes())
-    np.testing.assert_array_equal(map_tensors(tmp_path / "a.safetensors")[0]["b"].array, x)
+    t = map_tensors(tmp_path / "a.safetensors")[0]["b"]
+    np.testing.assert_array_equal(t.array, x)
+    np.testing.assert_array_equal(t.read(), x)
 
 
 def test_a_dtype_that_numpy_lacks_has_no_array(tmp_path):
