@@ -1,13 +1,10 @@
-"""A model's directory as Hugging Face writes it, in and out, strictly: config.json, generation_config.json, and
+"""A model's directory as Hugging Face writes it, read strictly: config.json, generation_config.json, and
 model.safetensors or its shards with their index."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,10 @@ from .files import (
     read_json,
     read_tensor,
     read_weights_header,
-    write_json,
-    write_tensors,
 )
 
 BUNDLED = Path(__file__).parent / "assets"  # the directory of the bundled base model
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = 5 * 10**9  # bytes of a shard
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
@@ -41,18 +32,18 @@ def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator
     safetensors file, and ValueError for one that cannot be read, a tensor that is not of `dtypes` (floats of 16, 32
     or 64 bits), or an index and shards that do not say the same.
     """
-    for name, (path, entry) in _locate(Path(directory), dtypes).items():
+    for name, (path, entry) in locate(Path(directory), dtypes).items():
         yield name, read_tensor(path, entry)
 
 
 def outline(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
     """`read_model` without the numbers: arrays of the right shapes and dtypes that take no memory, all zeros. What a
     model's tensors are is known from the headers, before the first of them is read."""
-    for name, (_, entry) in _locate(Path(directory), dtypes).items():
+    for name, (_, entry) in locate(Path(directory), dtypes).items():
         yield name, np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
 
 
-def _locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path, Entry]]:
+def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path, Entry]]:
     """The file that holds each tensor, and where in it: from the headers of all files, held against the index."""
     single, index = directory / WEIGHTS, directory / INDEX
     if single.is_file() or not index.is_file():
@@ -170,65 +161,3 @@ _GENERATION = {
     "top_k": ("a whole number of 0 or more", _number(0, 2**63, whole=True)),
     "max_new_tokens": _SIZE,
 }
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
-
-
-def shard_bytes(size: int | str) -> int:
-    """Bytes of a shard's size: a whole number, or text such as "5GB" or "500MB" (decimal, as in transformers).
-
-    Raises ValueError for any other.
-    """
-    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
-    n = int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]] if match else 0
-    if n < 1 or isinstance(size, bool):
-        raise ValueError(f'a shard\'s size must be a number of bytes or such as "5GB", not {size!r}')
-    return n
-
-
-def write_model(directory: Path, params: Mapping[str, np.ndarray], dtype: Any, shard_bytes: int = SHARD) -> None:
-    """Write dense parameters in `dtype` as model.safetensors, or as shards of at most `shard_bytes` and their index.
-
-    A tensor larger than that has a shard to itself. In memory there is one shard at the most beside the model, and
-    nothing where `dtype` is the model's own. What was there before is replaced when all that is new is on the disk:
-    one file in one go; of shards, the index goes first and comes last, so that a killed run leaves the old model, the
-    new one, or one without an index, which is no model, and never parts of both.
-    """
-    shards: list[list[str]] = [[]]
-    total = filled = 0
-    for name, param in params.items():
-        nbytes = param.size * np.dtype(dtype).itemsize
-        if filled and filled + nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += nbytes
-        total += nbytes
-    files = [WEIGHTS]
-    if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-
-    stage = directory / f".{WEIGHTS}.tmp"
-    shutil.rmtree(stage, ignore_errors=True)  # a killed run, of write_tensors too, may have left it
-    stage.mkdir()
-    try:
-        for file, names in zip(files, shards, strict=True):
-            write_tensors(stage / file, {name: params[name].astype(dtype, copy=False) for name in names})
-        if len(shards) > 1:
-            (directory / INDEX).unlink(missing_ok=True)
-        for file in files:
-            os.replace(stage / file, directory / file)
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _remove_others(directory, {*files, INDEX} if len(shards) > 1 else set(files))
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _remove_others(directory: Path, kept: Iterable[str]) -> None:
-    """Remove the weights of an older model."""
-    for path in [directory / WEIGHTS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]:
-        if path.name not in kept:
-            path.unlink(missing_ok=True)

@@ -21,10 +21,12 @@ from safetensors.numpy import save_file
 
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 DTYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}  # by their names in a safetensors file
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 UNPICKLE = (
@@ -115,6 +117,10 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """What a safetensors file holds: each tensor by its name, in the order in which they lie, and the metadata.
@@ -171,9 +177,8 @@ def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry],
 def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     """One tensor of a safetensors file, as `read_header` has found it. The file is not mapped: pages of a mapped file
     count as the process's own for as long as it is open."""
-    count = math.prod(entry.shape) * entry.dtype.itemsize
-    flat = np.fromfile(path, np.uint8, count, offset=entry.start)
-    if flat.size != count:
+    flat = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+    if flat.size != entry.nbytes:
         raise ValueError(f"{path}: has become shorter while it was read")
     return flat.view(entry.dtype).reshape(entry.shape)
 

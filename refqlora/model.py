@@ -10,23 +10,22 @@ Parameters are a plain dict by their Hugging Face names, adapters and gradients 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import adapters, architectures, checkpoint, files
+from . import adapters, checkpoint, pretrained
 from .backend import Array, array_module
+from .codebooks import CODEBOOKS
 from .config import Config
 from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
 from .head import head_backward, head_forward
-from .hub import model_directory
 from .kv_cache import KVCache
 from .layer import layer_backward, layer_forward, norm_backward, norm_forward
 from .lora import LoRA, LoraConfig, Weight, init_lora
 from .quantize import QuantizedTensor
-from .quantize import quantize as nf4  # `quantize` is an option's name here
+from .quantize import quantize as to_4_bits  # `quantize` is an option's name here
 from .rope import rope_frequencies, rope_tables
 
 
@@ -73,58 +72,35 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, quantize: str | None = None, dtype: Any = np.float32) -> Model:
-        """Load a Hugging Face model: a directory (config.json, safetensors of floats), or a hub's id: see hub.py.
+        """Load a Hugging Face model: a directory (config.json, safetensors of floats, or bitsandbytes' in 4 bits), or a
+        hub's id: see hub.py.
 
-        Everything is computed in `dtype`, and weights are held in it. With `quantize="nf4"` the base is frozen: each
-        linear's weight becomes NF4 with double quantisation as it is read; embedding and output head stay in the
-        file's 16 bits, where it has 16, and are cast where they are used. Tensors come one at a time: memory holds
-        at most the largest, as the file has it, beside what is kept.
+        Everything is computed in `dtype`, and weights are held in it. With `quantize`, "nf4", "fp4" or "int4", the
+        base is frozen: each linear's weight is double-quantised as it is read; embedding and output head stay in the
+        file's 16 bits, where it has 16, and are cast where they are used. A checkpoint of bitsandbytes is frozen
+        likewise, with the bits of the file, and `quantize` can ask for its own type only. Tensors come one at a time:
+        memory holds at most the largest, as the file has it, beside what is kept.
 
         The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        if quantize not in (None, "nf4"):
-            raise ValueError(f'quantize must be None or "nf4", not {quantize!r}')
-        path = model_directory(path)
-        config = Config.from_dict(checkpoint.read_config(path), where=str(path / "config.json"))
-        if eos := checkpoint.read_generation_config(path).get("eos_token_id"):
-            config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
-        shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
-        found = dict(architectures.from_file(config, *item) for item in checkpoint.outline(path))
-        copied = config.tied and "lm_head.weight" in found  # some writers keep a copy of the embedding
-        checkpoint.check_shapes(found, shapes | ({"lm_head.weight": shapes[config.head]} if copied else {}), str(path))
-        params: dict[str, Weight] = {}
-        for name, tensor in (architectures.from_file(config, *item) for item in checkpoint.read_model(path)):
-            if quantize and name in linears:
-                params[name] = nf4(tensor, name=f"{path}: {name}")
-            elif quantize and tensor.ndim > 1 and tensor.dtype.itemsize == 2:
-                params[name] = tensor
-            else:
-                params[name] = np.ascontiguousarray(tensor, dtype)
-            del tensor  # before the next is read
-        if copied and not all(map(np.array_equal, params.pop("lm_head.weight"), params[config.head])):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
-        return cls(config, {name: params[name] for name in shapes}, dtype)
+        return cls(*pretrained.load(path, quantize, dtype), dtype)
 
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
-        """Write config.json and the weights in `dtype`: model.safetensors, or shards of at most `max_shard_size`
-        (bytes, or text such as "500MB") and their index. Adapters are not included."""
-        path = Path(path)
-        quantized = [name for name, p in self.params.items() if isinstance(p, QuantizedTensor)]
-        if quantized:
-            raise ValueError(f"{quantized[0]} is quantised: only a dense model is saved this way")
-        shard_bytes = checkpoint.shard_bytes(max_shard_size)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = dict(architectures.to_file(self.config, *item) for item in self.params.items())
-        checkpoint.write_model(path, tensors, dtype, shard_bytes)
-        files.write_json(path / "config.json", self.config.to_dict(dtype))
+        """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
+        (bytes, or text such as "500MB") and their index. Dense weights are written in `dtype`, quantised ones as
+        bitsandbytes writes them (ValueError for a codebook that it does not have)."""
+        pretrained.save(path, self.config, self.params, dtype, max_shard_size)
 
-    def quantize(self, **options: Any) -> None:
-        """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`)."""
+    def quantize(self, kind: str = "nf4", **options: Any) -> None:
+        """Replace each linear's weight by its quantisation to "nf4", "fp4" or "int4", in place (`options`: those of
+        `quantize`). What is quantised already stays as it is."""
+        if kind not in CODEBOOKS:
+            raise ValueError(f"quantize must be one of {', '.join(CODEBOOKS)}, not {kind!r}")
         for name in self.config.linears():
             weight = self.params[name + ".weight"]
             if not isinstance(weight, QuantizedTensor):
-                self.params[name + ".weight"] = nf4(weight, name=name + ".weight", **options)
+                self.params[name + ".weight"] = to_4_bits(weight, CODEBOOKS[kind], name=name + ".weight", **options)
 
     # ---- adapters ----
 

@@ -17,7 +17,7 @@ import refqlora as rq
 from refqlora import cli, finetune
 from refqlora.checkpoint import BUNDLED
 
-COMMANDS = ("demo", "finetune", "generate", "pretrain")
+COMMANDS = ("demo", "finetune", "generate", "quantize", "inspect", "pretrain")
 ROOT = Path(__file__).parent.parent
 
 
@@ -52,7 +52,7 @@ def test_help_tells_every_option_and_its_default(command, capsys, monkeypatch):
     out = " ".join(capsys.readouterr().out.split())
     for action in commands()[command]._actions:
         assert action.help, action.dest
-        assert action.option_strings[-1] in out
+        assert (action.option_strings or [action.metavar])[-1] in out
         about = out[out.index(action.help.split("%")[0][:40].strip()) :][:200]
         if action.default not in (None, False, "==SUPPRESS==") and action.default != BUNDLED:
             assert f"(default: {action.default})" in about

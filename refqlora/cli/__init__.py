@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from . import demo, finetune, generate, pretrain
+from . import demo, finetune, generate, inspect, pretrain, quantize
 from .options import Parser
 
 
@@ -35,6 +35,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, pretrain):
+    for module in (demo, finetune, generate, quantize, inspect, pretrain):
         module.add(commands)
     return top
