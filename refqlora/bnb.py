@@ -90,9 +90,10 @@ def read_model(
     if config is None:
         yield from checkpoint.read_model(directory)
         return
-    for name, tensor in assemble(checkpoint.read_model(directory, FLOATS + INTEGERS), config, str(directory)):
+    where = str(checkpoint.weights_file(directory))
+    for name, tensor in assemble(checkpoint.read_model(directory, FLOATS + INTEGERS), config, where):
         if isinstance(tensor, QuantizedTensor) and name not in linears:
-            raise ValueError(f"{directory}: {name} is quantised, which only a linear's weight may be")
+            raise ValueError(f"{where}: {name} is quantised, which only a linear's weight may be")
         yield name, tensor
 
 

@@ -21,9 +21,9 @@ def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator
     that is not of `dtypes` (floats of 16, 32 or 64 bits), or an index that names a tensor its file lacks.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    if (directory / "model.safetensors").is_file() or not index.is_file():
-        yield from read_weights(directory / "model.safetensors", dtypes)
+    index = weights_file(directory)
+    if index.name != INDEX:
+        yield from read_weights(index, dtypes)
         return
     for shard, wanted in read_index(index).items():
         found = set()
@@ -33,6 +33,12 @@ def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator
         missing = sorted(wanted - found)
         if missing:
             raise ValueError(f"{directory / shard}: lacks {missing[0]}, which {index.name} says it holds")
+
+
+def weights_file(directory: Path) -> Path:
+    """The file that makes a directory a model: model.safetensors, or the index of its shards."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    return single if single.is_file() or not index.is_file() else index
 
 
 def read_index(path: Path) -> dict[str, set[str]]:

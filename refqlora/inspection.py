@@ -95,7 +95,7 @@ def _model(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
     else:
         if quantization is not None:
             facts["quantization_config"] = quantization
-            weights = _assembled(tensors, quantization, str(directory))
+            weights = _assembled(tensors, quantization, str(checkpoint.weights_file(directory)))
         shapes = config.shapes()
         spare = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
         spare |= {"lm_head.weight"} if config.tied else set()
@@ -106,9 +106,9 @@ def _model(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
 
 def _model_tensors(directory: Path) -> dict[str, Mapped]:
     """Every tensor of a model directory, by the same rules as checkpoint.read_model."""
-    index = directory / checkpoint.INDEX
-    if (directory / "model.safetensors").is_file() or not index.is_file():
-        return map_tensors(directory / "model.safetensors")[0]
+    index = checkpoint.weights_file(directory)
+    if index.name != checkpoint.INDEX:
+        return map_tensors(index)[0]
     tensors: dict[str, Mapped] = {}
     for shard, names in checkpoint.read_index(index).items():
         found = map_tensors(directory / shard)[0]
@@ -225,7 +225,7 @@ def _adapter(directory: Path, error: bool, progress: Progress) -> dict[str, Any]
     if error and base and (where / "config.json").is_file():
         found = _model_tensors(where)
         config = bnb.quantization_config(read_json(where / "config.json"), str(where / "config.json"))
-        weights = found if config is None else _assembled(found, config, str(where))
+        weights = found if config is None else _assembled(found, config, str(checkpoint.weights_file(where)))
     keys = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
     return {
         "config": {key: d[key] for key in keys if key in d},
