@@ -94,7 +94,7 @@ class Model:
         config = Config.from_dict(d, where)
         stored = bnb.quantization_config(d, where)
         if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
-            raise ValueError(f"{where}: is quantised already, not to {quantize}: load it with quantize=None")
+            raise ValueError(f"{where}: is quantised already, not to {quantize}: give quantize=None or --no-quantize")
         shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
         params: dict[str, Weight] = {}
         for name, tensor in bnb.read_model(path, stored, linears | {"lm_head.weight"}):
