@@ -11,11 +11,12 @@ Parameters are a plain dict by their Hugging Face names, adapters and gradients 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import adapters, checkpoint, files
+from . import adapter_files, checkpoint, files
+from .adapters import Adapter, add_adapters, as_lora, new_adapter, placed
 from .backend import Array, array_module
 from .config import Config
 from .functional import (
@@ -32,16 +33,10 @@ from .functional import (
     swiglu_forward,
 )
 from .kv_cache import KVCache
-from .lora import LoRA, LoraConfig, Weight, init_lora, linear_backward, linear_forward
+from .lora import LoRA, Weight, linear_backward, linear_forward
+from .lora_config import LoraConfig
 from .quantize import QuantizedTensor
 from .quantize import quantize as nf4  # `quantize` is an option's name here
-
-
-class Adapter(NamedTuple):
-    """One named adapter: its config, and `<linear>.lora_A.weight` (r, in), `<linear>.lora_B.weight` (out, r)."""
-
-    config: LoraConfig
-    params: dict[str, Array]
 
 
 class Model:
@@ -117,57 +112,47 @@ class Model:
         files.write_json(path / "config.json", self.config.to_dict(dtype))
 
     def quantize(self, **options: Any) -> None:
-        """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`)."""
-        for name in self.config.linears():
-            weight = self.params[name + ".weight"]
-            if not isinstance(weight, QuantizedTensor):
-                self.params[name + ".weight"] = nf4(weight, name=name + ".weight", **options)
+        """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`); also those
+        that PiSSA and OLoRA adapters have in their stead."""
+        linears = {name + ".weight" for name in self.config.linears()}
+        for weights in (self.params, *(adapter.residual for adapter in self.adapters.values())):
+            for name, weight in weights.items():
+                if name in linears and not isinstance(weight, QuantizedTensor):
+                    weights[name] = nf4(weight, name=name, **options)
 
     # ---- adapters ----
 
-    def add_adapter(
-        self,
-        name: str = "default",
-        *,
-        rank: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
-        targets: str | tuple[str, ...] = "all-linear",
-        rslora: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def add_adapter(self, name: str = "default", *, seed: int = 0, **options: Any) -> None:
         """Put a new adapter on the linears that `targets` names, and make it the active one.
 
-        A is random, B zero: the logits stay what they were until it is trained.
+        options: the fields of LoraConfig (rank, alpha, targets, dora, init, ...). The logits stay what they were until
+        it is trained. `init="pissa"` takes the dense weight apart: quantise after it.
         """
-        targets = targets if isinstance(targets, str) else tuple(targets)
-        config = LoraConfig(rank, alpha, dropout, targets, rslora)
-        rng = np.random.default_rng(seed)
-        params = {}
-        for linear in config.matches(self.config.linears()):
-            a, b = init_lora(self.params[linear + ".weight"], rank, rng, self.dtype)
-            params |= {linear + ".lora_A.weight": a, linear + ".lora_B.weight": b}
-        self._adopt(name, Adapter(config, params))
+        self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
+
+    def add_adapters(self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None) -> None:
+        """Add adapters up, each times its factor, into a new one, and make it the active one: see
+        adapters.add_adapters. model.add_adapters({"a": 0.7, "b": 0.3}, name="c")"""
+        parts = {self._known(one): self.adapters[one] for one in factors}
+        self._adopt(name, add_adapters(parts, factors, method, rank))
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
-        config, params = adapters.load_adapter(Path(path))
-        try:
-            linears = config.matches(self.config.linears())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        shapes = {}
-        for linear in linears:
-            out_features, in_features = self.params[linear + ".weight"].shape
-            shapes[linear + ".lora_A.weight"] = (config.rank, in_features)
-            shapes[linear + ".lora_B.weight"] = (out_features, config.rank)
-        checkpoint.check_shapes(params, shapes, str(path))
-        self._adopt(name, Adapter(config, {key: params[key].astype(self.dtype) for key in shapes}))
+        config, params = adapter_files.load_adapter(Path(path), self._conv1d)
+        self._adopt(name, placed(config, params, self.params, self.config.linears(), self.dtype, str(path)))
 
-    def save_adapter(self, path: str | Path, name: str | None = None, base: str = "") -> None:
-        """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`."""
+    def save_adapter(
+        self, path: str | Path, name: str | None = None, base: str = "", plain: bool | None = None
+    ) -> None:
+        """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`.
+
+        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapters.as_lora). None: only
+        where the file could not say what the adapter sits on (pissa_niter_N).
+        """
         adapter = self.adapters[self._known(name or self.active)]
-        adapters.save_adapter(Path(path), adapter.config, adapter.params, base)
+        if plain or (plain is None and adapter.config.init.startswith("pissa_niter")):
+            adapter = as_lora(adapter)
+        adapter_files.save_adapter(Path(path), adapter.config, adapter.params, base, self._conv1d)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""
@@ -273,8 +258,8 @@ class Model:
         cache: dict[str, tuple] = {}
 
         def linear(name: str, x: Array) -> Array:
-            weight, bias = params[layer + name + ".weight"], params.get(layer + name + ".bias")
-            y, cache[name] = linear_forward(x, weight, bias, self._lora(layer + name), rng)
+            weight, lora = self._linear(layer + name)
+            y, cache[name] = linear_forward(x, weight, params.get(layer + name + ".bias"), lora, rng)
             return y
 
         n, cache["norm1"] = rmsnorm_forward(x, params[layer + "input_layernorm.weight"], config.eps)
@@ -321,14 +306,18 @@ class Model:
             grads[layer + "input_layernorm.weight"] = dnorm1
         return dx + dn
 
-    def _lora(self, linear: str) -> LoRA | None:
+    def _linear(self, name: str) -> tuple[Weight, LoRA | None]:
+        """The weight that the linear of this name has now, and its adapter."""
+        weight = self.params[name + ".weight"]
         if self.active is None:
-            return None
-        config, params = self.adapters[self.active]
-        if linear + ".lora_A.weight" not in params:
-            return None
-        a, b = params[linear + ".lora_A.weight"], params[linear + ".lora_B.weight"]
-        return LoRA(a, b, config.scale, config.dropout)
+            return weight, None
+        adapter = self.adapters[self.active]
+        return adapter.residual.get(name + ".weight", weight), adapter.lora(name)
+
+    @property
+    def _conv1d(self) -> bool:
+        """Whether Hugging Face stores the linears as (in, out): PEFT's fan_in_fan_out."""
+        return getattr(self.config, "model_type", "llama") == "gpt2"
 
     def _checked(self, tokens: Any) -> Array:
         tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)

@@ -21,7 +21,8 @@ from mistakes import MISTAKES, planted
 
 from refqlora import functional, lora
 from refqlora.config import Config
-from refqlora.lora import LoRA, LoraConfig
+from refqlora.lora import LoRA
+from refqlora.lora_config import LoraConfig
 from refqlora.model import Model
 from refqlora.quantize import quantize
 

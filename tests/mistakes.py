@@ -98,10 +98,10 @@ def altered_cache(alter, of_dx=True, of_grads=True):
     """dx, the gradients or both as they come out of a cache whose (lora, keep) are altered."""
 
     def change(right, dy, cache, train_weight, dx, grads):
-        x, weight, bias, adapter, keep, z = cache
+        x, weight, bias, adapter, keep, *rest = cache
         if adapter is None:
             return dx
-        wrong_dx, wrong_grads = right(dy, (x, weight, bias, *alter(adapter, keep), z), train_weight)
+        wrong_dx, wrong_grads = right(dy, (x, weight, bias, *alter(adapter, keep), *rest), train_weight)
         if of_grads:
             grads.update(wrong_grads)
         return wrong_dx if of_dx else dx
@@ -118,7 +118,7 @@ def transposed_b(right, dy, cache, train_weight, dx, grads):
 def first_batch_element_only(right, dy, cache, train_weight, dx, grads):
     if train_weight:
         x, weight, bias = cache[:3]
-        grads |= right(dy[:1], (x[:1], weight, bias, None, None, None), True)[1]
+        grads |= right(dy[:1], (x[:1], weight, bias, None, None, None, None), True)[1]
     return dx
 
 

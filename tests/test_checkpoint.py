@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import refqlora as rq
-from refqlora import adapters, files
+from refqlora import adapter_files, files
 
 SIZES = {
     "vocab_size": 37,
@@ -246,7 +246,7 @@ def test_the_adapter_that_is_named_is_saved(tmp_path):
     model.save_adapter(tmp_path / "active")
     model.save_adapter(tmp_path / "named", "default")
     for directory, name in (("active", "second"), ("named", "default")):
-        config, params = adapters.load_adapter(tmp_path / directory)
+        config, params = adapter_files.load_adapter(tmp_path / directory)
         assert config.rank == model.adapters[name].config.rank
         assert_same_bits(params, model.adapters[name].params)
     with pytest.raises(ValueError, match="no adapter 'third'; there are: 'default', 'second'"):
@@ -317,7 +317,7 @@ def test_a_killed_run_leaves_the_old_file(saved):
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     child = f"""
 import os, numpy as np
-from refqlora import adapters, files
+from refqlora import adapter_files, files
 os.replace = lambda *args: os._exit(9)
 path = files.Path({str(saved / "model.safetensors")!r})
 files.write_tensors(path, {{"a": np.ones(3, np.float32)}})

@@ -10,7 +10,8 @@ from gradcheck import B, D, F, T, draw, r, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refqlora.lora import LoRA, LoraConfig, dense, init_lora, linear_backward, linear_forward, merge
+from refqlora.lora import LoRA, dense, init_lora, linear_backward, linear_forward, merge
+from refqlora.lora_config import LoraConfig
 from refqlora.quantize import dequantize, quantize
 
 
