@@ -61,9 +61,9 @@ def save_adapter(
     `base` is recorded as base_model_name_or_path. "all-linear" is written out as the names it stood for, as PEFT does.
     conv1d: the model stores its weights (in, out), as GPT-2 does.
 
-    PEFT makes a PiSSA or OLoRA adapter's residual again from the base when it loads the file. It draws that of
-    "pissa_niter_N" anew, so that its file would not say what the adapter sits on, and OLoRA fails on a Conv1D: these
-    raise ValueError, and can be written as plain LoRA (adapters.as_lora).
+    PEFT makes a PiSSA or OLoRA adapter's residual again from the base when it loads the file. But that of
+    "pissa_niter_N" it draws anew, which is another model, and OLoRA fails on a Conv1D: these raise ValueError, and can
+    be written as plain LoRA (adapters.as_lora).
     """
     init = config.init
     if init.startswith("pissa_niter") or (init == "olora" and conv1d):
@@ -165,8 +165,13 @@ def _init(path: Path, value: Any) -> str:
         return "default"
     if isinstance(value, str) and value.lower() == "olora":
         return "olora"
-    if isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d+)?", value):
+    if value == "pissa":
         return value
+    if isinstance(value, str) and value.startswith("pissa_niter"):
+        raise ValueError(
+            f'{path}: "init_lora_weights": "{value}": what this adapter sits on was drawn at random, and its files do '
+            "not hold it; save it with path_initial_model_for_weight_conversion"
+        )
     raise _refusal(path, "init_lora_weights", value, 'those that leave the base alone, "pissa" and "olora"')
 
 

@@ -91,7 +91,7 @@ def placed(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`; warns where a file does not say what the residual was.
+    `where`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -107,12 +107,6 @@ def placed(
         made = new_adapter(config, weights, linears, dtype) if config.changes_base else Adapter(config, {})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if config.init.startswith("pissa_niter"):
-        warnings.warn(
-            f"{where}: what a {config.init} adapter sits on was made with random numbers that its file does not hold; "
-            "others are drawn, as PEFT does: it is not quite what was trained",
-            stacklevel=3,
-        )
     xp = array_module(next(iter(made.params.values()), np))
     return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
 
@@ -121,12 +115,19 @@ def as_lora(adapter: Adapter) -> Adapter:
     """The same function as plain LoRA (or DoRA) on the model's own weights, at twice the rank.
 
     W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], with A0 and B0 from the start of PiSSA or OLoRA: what PEFT's
-    `path_initial_model_for_weight_conversion` writes. On a quantised model it is not quite the same: there the adapter
-    learnt on Q(W - s B0 A0), and will sit on Q(W). An adapter that has no residual is returned as it is.
+    `path_initial_model_for_weight_conversion` writes. On a quantised model it is not quite the same, and a warning says
+    so: there the adapter learnt on Q(W - s B0 A0), and will sit on Q(W). An adapter that has no residual is returned as
+    it is.
     """
     config, params, start = adapter.config, adapter.params, adapter.start
     if not start:
         return adapter
+    if any(isinstance(weight, QuantizedTensor) for weight in adapter.residual.values()):
+        warnings.warn(
+            f"as plain LoRA this {config.init} adapter is not quite what was trained: it learnt on a residual that is "
+            "quantised, which differs from the quantised weight less its start",
+            stacklevel=3,
+        )
     xp = array_module(next(iter(params.values())))
     joined = {}
     for name, x in params.items():
@@ -151,9 +152,9 @@ METHODS = ("cat", "svd", "linear")
 
 
 def add_adapters(
-    adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str, rank: int | None
+    adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str = "cat", rank: int | None = None
 ) -> Adapter:
-    """A LoRA whose change is the sum of `factors[name]` times each adapter's change s B A (scales and ranks may differ).
+    """A LoRA whose change is the sum of `factors[name]` times each adapter's s B A; scales and ranks may differ.
 
     cat      exact: A = [f1 s1 A1; f2 s2 A2; ...], B = [B1, B2, ...]; the ranks add up
     svd      the best approximation of rank `rank` (default: the largest of theirs), by each linear's SVD; exact where

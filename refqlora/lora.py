@@ -189,7 +189,7 @@ def init_lora(
     else:
         u, s, vt = _randomised_svd(dense(weight, dtype), rank, int(init.removeprefix("pissa_niter_")), rng)
     root = xp.sqrt(s[:rank] / dtype.type(scale))  # (r,)
-    return root[:, None] * vt[:rank], u[:, :rank] * root
+    return xp.ascontiguousarray(root[:, None] * vt[:rank]), xp.ascontiguousarray(u[:, :rank] * root)
 
 
 def residual(weight: Weight, a: Array, b: Array, scale: float) -> Weight:

@@ -26,6 +26,7 @@ FLOORS = {
     "memory": 6,
     "training": 6,
     "generation": 6,
+    "merging": 7,
     "figures": 7,
     "pretrain": 8,
     "demo": 8,
@@ -35,6 +36,7 @@ FLOORS = {
     "cli.demo": 11,
     "cli.finetune": 11,
     "cli.generate": 11,
+    "cli.merge": 11,
     "cli.pretrain": 11,
     "cli": 12,
 }

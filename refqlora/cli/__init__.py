@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 
-from . import demo, finetune, generate, pretrain
+from . import demo, finetune, generate, merge, pretrain
 from .options import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = parser().parse_args(argv)
+
+    def warn(message: Warning | str, *_: Any) -> None:
+        print(f"refqlora {arguments.command}: warning: {message}", file=sys.stderr)
+
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
+        # What is not finite ends training with an error of its own.
+        with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.showwarning = warn
             arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         print(f"refqlora {arguments.command}: {error}", file=sys.stderr)
@@ -34,6 +42,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, pretrain):
+    for module in (demo, finetune, generate, merge, pretrain):
         module.add(commands)
     return top
