@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
     """Read a PEFT adapter -> its config, and its arrays by their names without PEFT's prefix.
 
     Every key must be a LoRA matrix or, with DoRA, a magnitude. Whether they fit a model is checked where they are put
-    on one. Warns if a B is zero throughout, as one that was never trained is.
+    on one.
     """
     directory = Path(directory)
     config, fan_in_fan_out = _read_config(directory / CONFIG)
@@ -198,12 +197,4 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
             expected = ", ".join(PEFT_PREFIX + "<linear>" + kind for kind in kinds)
             raise ValueError(f"{path}: {key} is not a LoRA matrix ({expected})")
         params[name] = tensor
-    idle = [name for name, x in params.items() if name.endswith(_B) and not x.any()]
-    if idle:
-        count = sum(name.endswith(_B) for name in params)
-        warnings.warn(
-            f"{path}: {len(idle)} of {count} lora_B are zero throughout ({idle[0]}): "
-            "there B A changes nothing, as before any training",
-            stacklevel=3,
-        )
     return config, params

@@ -91,7 +91,7 @@ def placed(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`.
+    `where`; warns if a B is zero throughout, as one that was never trained is.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -107,6 +107,14 @@ def placed(
         made = new_adapter(config, weights, linears, dtype) if config.changes_base else Adapter(config, {})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    idle = [name for name in shapes if name.endswith(B) and not params[name].any()]
+    if idle:
+        count = sum(name.endswith(B) for name in shapes)
+        warnings.warn(
+            f"{where}: {len(idle)} of {count} lora_B are zero throughout ({idle[0]}): "
+            "there B A changes nothing, as before any training",
+            stacklevel=3,
+        )
     xp = array_module(next(iter(made.params.values()), np))
     return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
 

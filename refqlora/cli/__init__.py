@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What is not finite ends training with an error of its own.
         with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.showwarning = warn
             arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:

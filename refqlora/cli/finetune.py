@@ -118,8 +118,10 @@ def _named(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
     def name_and_value(text: str) -> tuple[str, Any]:
         name, _, value = text.rpartition("=")
         try:
-            return name, kind(value)
+            if name:
+                return name, kind(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text}") from None
+            pass
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text}")
 
     return name_and_value
