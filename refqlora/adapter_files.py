@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .files import read_json, read_weights, write_json, write_tensors
-from .lora_config import LoraConfig, pattern_value
+from .lora_config import LoraConfig, fits
 
 PEFT_PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -87,8 +87,8 @@ def save_adapter(
             "exclude_modules": _names(config.exclude) or None,
             "layers_to_transform": None if config.layers is None else list(config.layers),
             "layers_pattern": _names(config.layers_pattern) or None,
-            "rank_pattern": _ordered(config.rank_pattern, linears, config.rank),
-            "alpha_pattern": _ordered(config.alpha_pattern, linears, config.alpha),
+            "rank_pattern": _unordered(config, "rank_pattern", linears),
+            "alpha_pattern": _unordered(config, "alpha_pattern", linears),
             "use_rslora": config.rslora,
             "use_dora": config.dora,
             "init_lora_weights": {"default": True}.get(init, init),
@@ -109,14 +109,14 @@ def _plain(number: float) -> int | float:
     return int(number) if float(number).is_integer() else float(number)
 
 
-def _ordered(pattern: dict[str, float], linears: list[str], default: float) -> dict[str, float]:
-    """The pattern as a file can hold it. PEFT takes the first key that fits, but sorts the keys when it writes: where
-    that would give a linear another value, every linear is named instead."""
-    given = {linear: pattern_value(pattern, linear, default) for linear in linears}
-    kept = {key: _plain(pattern[key]) for key in sorted(pattern)}
-    if all(pattern_value(kept, linear, default) == value for linear, value in given.items()):
-        return kept
-    return {f"^{re.escape(linear)}": _plain(value) for linear, value in sorted(given.items())}
+def _unordered(config: LoraConfig, pattern: str, linears: list[str]) -> dict[str, float]:
+    """rank_pattern or alpha_pattern as a file can hold it. PEFT takes the first key that fits, but sorts the keys when
+    it writes: where two keys compete, every linear is named instead."""
+    values = getattr(config, pattern)
+    if any(config.rivals(pattern, linear) for linear in linears):
+        first = {linear: next((v for k, v in values.items() if fits(k, linear)), None) for linear in linears}
+        values = {f"^{re.escape(linear)}": value for linear, value in first.items() if value is not None}
+    return {key: _plain(value) for key, value in sorted(values.items())}
 
 
 def read_config(directory: Path) -> LoraConfig:

@@ -76,7 +76,11 @@ def new_adapter(
             start |= {linear + A: a.copy(), linear + B: b.copy()}
             weight = residuals[linear + ".weight"] = residual(weight, a, b, scale)
         if config.dora:
-            params[linear + MAGNITUDE] = row_norms(dense(weight, dtype), LoRA(a, b, scale))
+            params[linear + MAGNITUDE] = lengths = row_norms(dense(weight, dtype), LoRA(a, b, scale))
+            if not lengths.all():
+                raise ValueError(
+                    f"{linear}: row {int((lengths == 0).argmax())} of its weight is zero: DoRA divides by it"
+                )
     return Adapter(config, params, residuals, start)
 
 
@@ -91,11 +95,12 @@ def placed(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`; warns if a B is zero throughout, as one that was never trained is.
+    `where`; warns if a B is zero throughout, as one that was never trained is, or two keys of alpha_pattern compete.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     try:
-        for linear in config.matches(linears):
+        chosen = config.matches(linears)
+        for linear in chosen:
             (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
             shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
             if config.dora:
@@ -115,6 +120,14 @@ def placed(
             "there B A changes nothing, as before any training",
             stacklevel=3,
         )
+    for linear in chosen:
+        if keys := config.rivals("alpha_pattern", linear):
+            warnings.warn(
+                f"{where}: alpha_pattern: {' and '.join(keys)} both fit {linear}, and the first counts: PEFT sorts them "
+                "when it saves, so that another may have been first in training",
+                stacklevel=3,
+            )
+            break
     xp = array_module(next(iter(made.params.values()), np))
     return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
 
@@ -181,8 +194,8 @@ def add_adapters(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if rank is not None and method != "svd":
         raise ValueError(f'rank goes with method "svd"; "{method}" has its own')
-    if not factors:
-        raise ValueError("no adapters to add")
+    if not factors or not np.isfinite(list(factors.values())).all():
+        raise ValueError(f"adapters are added with a finite factor each, not {dict(factors)}")
     for name in factors:
         if adapters[name].config.dora:
             raise ValueError(
@@ -194,8 +207,9 @@ def add_adapters(
     ranks = [max([part.config.rank_of(linear) for linear in part.linears]) for part, _ in parts]
     if method == "linear" and len({part.config.rank_of(one) for part, _ in parts for one in part.linears}) > 1:
         raise ValueError('method "linear" adds A to A and B to B: the ranks must be equal')
-    rank = {"cat": sum(ranks), "svd": rank or max(ranks), "linear": ranks[0]}[method]
+    rank = {"cat": sum(ranks), "svd": max(ranks) if rank is None else rank, "linear": ranks[0]}[method]
     linears = list(dict.fromkeys(linear for part, _ in parts for linear in part.linears))
+    config = LoraConfig(rank, rank, parts[0][0].config.dropout, tuple(linears))
     params = {}
     for linear in linears:
         loras = [(part.lora(linear), factor) for part, factor in parts if linear + A in part.params]
@@ -213,7 +227,7 @@ def add_adapters(
         spare = rank - len(a)
         params[linear + A] = xp.pad(a, ((0, spare), (0, 0)))
         params[linear + B] = xp.pad(b, ((0, 0), (0, spare)))
-    return Adapter(LoraConfig(rank, rank, parts[0][0].config.dropout, tuple(linears)), params)
+    return Adapter(config, params)
 
 
 def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:

@@ -93,12 +93,17 @@ class LoraConfig:
 
     def rank_of(self, linear: str) -> int:
         """r on the linear of this name."""
-        return int(pattern_value(self.rank_pattern, linear, self.rank))
+        return int(_pattern_value(self.rank_pattern, linear, self.rank))
 
     def scale_of(self, linear: str) -> float:
         """s on the linear of this name."""
         rank = self.rank_of(linear)
-        return float(pattern_value(self.alpha_pattern, linear, self.alpha) / (rank**0.5 if self.rslora else rank))
+        return float(_pattern_value(self.alpha_pattern, linear, self.alpha) / (rank**0.5 if self.rslora else rank))
+
+    def rivals(self, pattern: str, linear: str) -> list[str]:
+        """The keys of rank_pattern or alpha_pattern that fit this linear, where their values differ; otherwise none."""
+        fitting = {key: value for key, value in getattr(self, pattern).items() if fits(key, linear)}
+        return list(fitting) if len(set(fitting.values())) > 1 else []
 
     def matches(self, linears: Iterable[str]) -> list[str]:
         """Those of `linears` (names such as model.layers.0.self_attn.q_proj) that get an adapter.
@@ -126,7 +131,7 @@ class LoraConfig:
             raise ValueError("no linear is left to put an adapter on")
         for pattern in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, pattern):
-                if not any(_fits(key, name) for name in found):
+                if not any(fits(key, name) for name in found):
                     raise ValueError(f'{pattern}: "{key}" matches no linear that has an adapter')
         return found
 
@@ -158,14 +163,14 @@ def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
     return any(name == one or name.endswith("." + one) for one in wanted)
 
 
-def _fits(key: str, linear: str) -> bool:
+def fits(key: str, linear: str) -> bool:
     """PEFT's rule for a key of a pattern: a regular expression for the end of the name, from its start or a dot on."""
     return re.match(rf"(.*\.)?({key})$", linear) is not None
 
 
-def pattern_value(pattern: Mapping[str, Any], linear: str, default: Any) -> Any:
+def _pattern_value(pattern: Mapping[str, Any], linear: str, default: Any) -> Any:
     """The value of the first key that fits, as in PEFT."""
-    return next((value for key, value in pattern.items() if _fits(key, linear)), default)
+    return next((value for key, value in pattern.items() if fits(key, linear)), default)
 
 
 def _is_whole(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """Adapters in and out and put together: round trips to the bit, what is refused and by which name, residuals."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -359,8 +360,19 @@ def test_patterns_are_written_so_that_their_order_does_not_matter(tmp_path):
     assert list(config["alpha_pattern"].items()) == [("k_proj", 8), ("v_proj", 9)]
     assert len(config["rank_pattern"]) == len(model.config.linears())
     again = new_model()
-    again.load_adapter(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_adapter(tmp_path)
     np.testing.assert_array_equal(again.forward(TOKENS)[0], model.forward(TOKENS)[0])
+
+
+def test_alphas_that_compete_are_told(adapter):
+    """The file of an adapter that PEFT trained with other scales than it loads it with."""
+    change_json(adapter / "adapter_config.json", alpha_pattern={".*_proj": 3, "q_proj": 4})
+    model = new_model()
+    with pytest.warns(UserWarning, match=r"alpha_pattern: \.\*_proj and q_proj both fit model\.layers\.0\."):
+        model.load_adapter(adapter)
+    assert model.adapters["default"].config.scale_of("model.layers.0.self_attn.q_proj") == 3 / 5
 
 
 # ---- PiSSA and OLoRA: residuals ----
@@ -422,6 +434,13 @@ def test_a_random_residual_is_written_as_plain_lora_or_not_at_all(tmp_path):
     model.quantize()
     with pytest.warns(UserWarning, match="pissa_niter_3 adapter is not quite what was trained"):
         model.save_adapter(tmp_path / "c")
+
+
+def test_dora_needs_rows_that_are_not_zero():
+    model = new_model()
+    model.params["model.layers.1.mlp.up_proj.weight"][3] = 0
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: row 3 of its weight is zero"):
+        model.add_adapter(dora=True)
 
 
 # ---- adding adapters ----
@@ -514,7 +533,9 @@ def test_a_sum_can_be_saved(tmp_path):
         ({"a": 1, "b": 1}, {"rank": 3}, 'rank goes with method "svd"'),
         ({"a": 1, "b": 1}, {"method": "linear"}, "the ranks must be equal"),
         ({"a": 1, "dora": 1}, {}, "adapter 'dora' is a DoRA"),
-        ({}, {}, "no adapters to add"),
+        ({"a": 1, "b": 1}, {"method": "svd", "rank": 0}, "rank must be a whole number of 1 or more, not 0"),
+        ({}, {}, "adapters are added with a finite factor each, not {}"),
+        ({"a": np.nan}, {}, "a finite factor each, not {'a': nan}"),
     ],
 )
 def test_what_cannot_be_added(factors, options, message):

@@ -49,7 +49,7 @@ def run(a: argparse.Namespace) -> None:
     out.print(table)
     out.print(
         f"An error is how far the merged weights are from those trained ({trained} with the adapter), as a multiple of "
-        "the adapter's own change: 0.01 is nothing, at 1 they are as far off as without the adapter.",
+        "the adapter's own change: at 0.01 a hundredth of it is lost, at 1 they are as far off as the base without it.",
         highlight=False,
     )
     if facts["erased"]:
