@@ -9,7 +9,7 @@
     grads = model.backward(dlogits, cache)
     model.save_adapter("out")
 
-The engine, from the ground up: codebooks, functional, quantize, lora, optim, checkpoint, model, training.
+The engine, from the ground up: codebooks, functional, quantize, lora, optim, adapters, model, training.
 """
 
 from .checkpoint import BUNDLED
@@ -17,7 +17,8 @@ from .codebooks import NF4, normal_float
 from .config import Config
 from .functional import cross_entropy
 from .generation import generate
-from .lora import LoraConfig, merge
+from .lora import merge
+from .lora_config import LoraConfig
 from .model import Model
 from .optim import AdamW, clip_by_global_norm
 from .quantize import QuantizedTensor, dequantize, quantize

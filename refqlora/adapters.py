@@ -1,126 +1,239 @@
-"""PEFT's adapter files in and out, strictly: adapter_config.json and adapter_model.safetensors."""
+"""Adapters: made new, put onto a model's weights, turned into plain LoRA, added up.
+
+One is a config and a dict of arrays by PEFT's names:
+
+    model.layers.0.self_attn.q_proj.lora_A.weight            (r, in)
+    model.layers.0.self_attn.q_proj.lora_B.weight            (out, r)
+    model.layers.0.self_attn.q_proj.lora_magnitude_vector    (out,)      with DoRA
+
+PiSSA and OLoRA move the largest part of a weight into B A, so that what the adapter sits on is the residual, W - s B A.
+PEFT overwrites W with it; then the model with its adapters off is no longer the model, and a second adapter takes the
+first one's residual apart. Here W stays as it is, and such an adapter carries the residuals of its own linears.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .files import read_json, read_weights, write_json, write_tensors
-from .lora import LoraConfig
+from .backend import Array, array_module
+from .checkpoint import check_shapes
+from .lora import LoRA, Weight, dense, init_lora, residual, row_norms
+from .lora_config import LoraConfig
+from .quantize import QuantizedTensor
 
-PEFT_PREFIX = "base_model.model."
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after a linear's name
 
 
-def save_adapter(
-    directory: Path,
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: its config and its arrays, `params`.
+
+    PiSSA and OLoRA only: `residual`, the weights that it sits on in place of the model's, by their names, and `start`,
+    A and B as they were before training.
+    """
+
+    config: LoraConfig
+    params: dict[str, Array]
+    residual: dict[str, Weight] = field(default_factory=dict)
+    start: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> list[str]:
+        """The names of the linears that it sits on."""
+        return [name.removesuffix(A) for name in self.params if name.endswith(A)]
+
+    def lora(self, linear: str) -> LoRA | None:
+        """What `linear_forward` takes; None for a linear without."""
+        if linear + A not in self.params:
+            return None
+        a, b, magnitude = self.params[linear + A], self.params[linear + B], self.params.get(linear + MAGNITUDE)
+        return LoRA(a, b, self.config.scale_of(linear), self.config.dropout, magnitude)
+
+
+def new_adapter(
+    config: LoraConfig, weights: Mapping[str, Weight], linears: Iterable[str], dtype: np.dtype, seed: int = 0
+) -> Adapter:
+    """An adapter on those of `linears` that the config names, started as the config says.
+
+    Whatever the start, the model's function stays what it was, up to rounding; with a residual that is quantised, up to
+    its quantisation. DoRA's magnitudes start as the lengths of the rows. Raises ValueError where a target matches
+    nothing or a start is not possible.
+    """
+    rng = np.random.default_rng(seed)
+    params, start, residuals = {}, {}, {}
+    for linear in config.matches(linears):
+        weight, rank, scale = weights[linear + ".weight"], config.rank_of(linear), config.scale_of(linear)
+        try:
+            a, b = init_lora(weight, rank, rng, dtype, config.init, scale)
+        except ValueError as error:
+            raise ValueError(f"{linear}: {error}") from None
+        params |= {linear + A: a, linear + B: b}
+        if config.changes_base:
+            start |= {linear + A: a.copy(), linear + B: b.copy()}
+            weight = residuals[linear + ".weight"] = residual(weight, a, b, scale)
+        if config.dora:
+            params[linear + MAGNITUDE] = lengths = row_norms(dense(weight, dtype), LoRA(a, b, scale))
+            if not lengths.all():
+                raise ValueError(
+                    f"{linear}: row {int((lengths == 0).argmax())} of its weight is zero: DoRA divides by it"
+                )
+    return Adapter(config, params, residuals, start)
+
+
+def placed(
     config: LoraConfig,
-    params: Mapping[str, np.ndarray],
-    base: str = "",
-    conv1d: bool = False,
-) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
+    params: Mapping[str, Array],
+    weights: Mapping[str, Weight],
+    linears: Iterable[str],
+    dtype: np.dtype,
+    where: str,
+) -> Adapter:
+    """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
-    params: `<linear>.lora_A.weight` (r, in) and `<linear>.lora_B.weight` (out, r). `base` is recorded as
-    base_model_name_or_path. "all-linear" is written out as the names it stood for, as PEFT does. conv1d: the base's
-    files hold its weights as (in, out), GPT-2's; A and B are the same with it.
+    The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
+    `where`; warns if a B is zero throughout, as one that was never trained is, or two keys of alpha_pattern compete.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    targets = config.targets
-    if targets == "all-linear":
-        targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in params})
-    write_tensors(directory / "adapter_model.safetensors", {PEFT_PREFIX + name: p for name, p in params.items()})
-    write_json(
-        directory / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": int(config.rank),
-            "lora_alpha": float(config.alpha),
-            "lora_dropout": float(config.dropout),
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-            "use_rslora": config.rslora,
-            "bias": "none",
-            "fan_in_fan_out": conv1d,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-        },
-    )
-
-
-# What a PEFT config may ask for that would change the numbers, and the values under which it does not.
-_MUST_BE = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "exclude_modules": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base
-}
-
-
-def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Read a PEFT adapter -> its config and `<linear>.lora_A.weight`, `<linear>.lora_B.weight` arrays.
-
-    Stricter than PEFT, which goes on with defaults or without the tensor: r, lora_alpha and target_modules must be
-    there, an option that would change the numbers and is not supported is refused by name, every key must be a LoRA
-    matrix of the right rank. Whether it fits a model is checked where it is added to one.
-    """
-    directory = Path(directory)
-    path = directory / "adapter_config.json"
-    config = read_json(path)
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if config.get(key) is None:
-            raise ValueError(f'{path}: has no "{key}"')
-    for key, allowed in _MUST_BE.items():
-        if key == "fan_in_fan_out" and conv1d:
-            continue  # it is of no consequence: PEFT sets it by itself
-        if key in config and config[key] not in allowed:
-            raise ValueError(
-                f'{path}: "{key}": {json.dumps(config[key])} is not supported, only {json.dumps(allowed[0])}'
-            )
-    targets = config["target_modules"]
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        lora = LoraConfig(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            targets=tuple(targets) if isinstance(targets, list) else targets,
-            rslora=config.get("use_rslora", False),
-        )
+        chosen = config.matches(linears)
+        for linear in chosen:
+            (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
+            shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
+            if config.dora:
+                shapes[linear + MAGNITUDE] = (out_features,)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-    path = directory / "adapter_model.safetensors"
-    params = {}
-    for key, tensor in read_weights(path):
-        name = key.removeprefix(PEFT_PREFIX)
-        if name == key or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ValueError(
-                f"{path}: {key} is not a LoRA matrix ({PEFT_PREFIX}<linear>.lora_A.weight or .lora_B.weight)"
+        raise ValueError(f"{where}: {error}") from None
+    check_shapes(params, shapes, where)
+    try:
+        made = new_adapter(config, weights, linears, dtype) if config.changes_base else Adapter(config, {})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    idle = [name for name in shapes if name.endswith(B) and not params[name].any()]
+    if idle:
+        count = sum(name.endswith(B) for name in shapes)
+        warnings.warn(
+            f"{where}: {len(idle)} of {count} lora_B are zero throughout ({idle[0]}): "
+            "there B A changes nothing, as before any training",
+            stacklevel=3,
+        )
+    for linear in chosen:
+        if keys := config.rivals("alpha_pattern", linear):
+            warnings.warn(
+                f"{where}: alpha_pattern: {' and '.join(keys)} both fit {linear}, and the first counts: "
+                "PEFT sorts them when it saves, so that another may have been first in training",
+                stacklevel=3,
             )
-        rank = tensor.shape[0 if name.endswith("lora_A.weight") else -1] if tensor.ndim == 2 else None
-        if rank != lora.rank:
-            raise ValueError(f"{path}: {key} has shape {tensor.shape}, which does not fit r = {lora.rank}")
-        params[name] = tensor
-    return lora, params
+            break
+    xp = array_module(next(iter(made.params.values()), np))
+    return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
+
+
+def as_lora(adapter: Adapter) -> Adapter:
+    """The same function as plain LoRA (or DoRA) on the model's own weights, at twice the rank.
+
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], with A0 and B0 from the start of PiSSA or OLoRA: what PEFT's
+    `path_initial_model_for_weight_conversion` writes. On a quantised model it is not quite the same, and a warning says
+    so: there the adapter learnt on Q(W - s B0 A0), and will sit on Q(W). An adapter that has no residual is returned as
+    it is.
+    """
+    config, params, start = adapter.config, adapter.params, adapter.start
+    if not start:
+        return adapter
+    if any(isinstance(weight, QuantizedTensor) for weight in adapter.residual.values()):
+        warnings.warn(
+            f"as plain LoRA this {config.init} adapter is not quite what was trained: it learnt on a residual that is "
+            "quantised, which differs from the quantised weight less its start",
+            stacklevel=3,
+        )
+    xp = array_module(next(iter(params.values())))
+    joined = {}
+    for name, x in params.items():
+        if name.endswith(A):
+            x = xp.concatenate([x, start[name]])  # (2r, in)
+        elif name.endswith(B):
+            x = xp.concatenate([x, -start[name]], axis=1)  # (out, 2r)
+        joined[name] = x
+    factor = 2**0.5 if config.rslora else 2  # alpha/sqrt(2r) or alpha/2r must stay s
+    doubled = replace(
+        config,
+        init="default",
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return Adapter(doubled, joined)
+
+
+METHODS = ("cat", "svd", "linear")
+
+
+def add_adapters(
+    adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str = "cat", rank: int | None = None
+) -> Adapter:
+    """A LoRA whose change is the sum of `factors[name]` times each adapter's s B A; scales and ranks may differ.
+
+    cat      exact: A = [f1 s1 A1; f2 s2 A2; ...], B = [B1, B2, ...]; the ranks add up
+    svd      the best approximation of rank `rank` (default: the largest of theirs), by each linear's SVD; exact where
+             `rank` is the sum of the ranks or more
+    linear   A = sum of sqrt(f s) A_i, B = sum of sqrt(f s) B_i, of equal ranks: B A then has cross terms
+             sqrt(f1 s1 f2 s2) (B1 A2 + B2 A1), which are as large as the sum itself unless the adapters are alike
+
+    The same as PEFT's add_weighted_adapter, which for rsLoRA adapters scales the result by sqrt(r) too much. alpha is
+    the rank, so that the scale is 1; where fewer rows are needed the rest are zeros; the first adapter's dropout is
+    taken. PiSSA and OLoRA count as the LoRA that they are equal to (`as_lora`).
+
+    Raises ValueError for an unknown method, a DoRA (no sum of changes is a DoRA), ranks that are not equal where they
+    must be, and an adapter that sits on a quantised residual.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if rank is not None and method != "svd":
+        raise ValueError(f'rank goes with method "svd"; "{method}" has its own')
+    if not factors or not np.isfinite(list(factors.values())).all():
+        raise ValueError(f"adapters are added with a finite factor each, not {dict(factors)}")
+    for name in factors:
+        if adapters[name].config.dora:
+            raise ValueError(
+                f"adapter {name!r} is a DoRA: it rescales the weight's rows, and such changes do not add up"
+            )
+        if any(isinstance(w, QuantizedTensor) for w in adapters[name].residual.values()):
+            raise ValueError(f"adapter {name!r} sits on a quantised residual of its own: add it on a dense model")
+    parts = [(as_lora(adapters[name]), factor) for name, factor in factors.items()]
+    ranks = [max([part.config.rank_of(linear) for linear in part.linears]) for part, _ in parts]
+    if method == "linear" and len({part.config.rank_of(one) for part, _ in parts for one in part.linears}) > 1:
+        raise ValueError('method "linear" adds A to A and B to B: the ranks must be equal')
+    rank = {"cat": sum(ranks), "svd": max(ranks) if rank is None else rank, "linear": ranks[0]}[method]
+    linears = list(dict.fromkeys(linear for part, _ in parts for linear in part.linears))
+    config = LoraConfig(rank, rank, parts[0][0].config.dropout, tuple(linears))
+    params = {}
+    for linear in linears:
+        loras = [(part.lora(linear), factor) for part, factor in parts if linear + A in part.params]
+        xp = array_module(loras[0][0].A)
+        if method == "linear":
+            roots = [abs(factor * lora.scale) ** 0.5 for lora, factor in loras]
+            signs = [-1 if factor < 0 else 1 for _, factor in loras]  # on one side only
+            a = sum(root * sign * lora.A for root, sign, (lora, _) in zip(roots, signs, loras, strict=True))
+            b = sum(root * lora.B for root, (lora, _) in zip(roots, loras, strict=True))
+        else:
+            a = xp.concatenate([factor * lora.scale * lora.A for lora, factor in loras])  # (sum of r, in)
+            b = xp.concatenate([lora.B for lora, _ in loras], axis=1)  # (out, sum of r)
+        if method == "svd":
+            a, b = _truncated(a, b, rank)
+        spare = rank - len(a)
+        params[linear + A] = xp.pad(a, ((0, spare), (0, 0)))
+        params[linear + B] = xp.pad(b, ((0, 0), (0, spare)))
+    return Adapter(config, params)
+
+
+def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """The factors A (at most `rank`, in) and B = U S of the truncated SVD of b @ a, which is never formed."""
+    xp = array_module(a)
+    qb, rb = xp.linalg.qr(b)  # (out, k), (k, R)
+    qa, ra = xp.linalg.qr(a.T)  # (in, l), (l, R)
+    u, s, vt = xp.linalg.svd(rb @ ra.T, full_matrices=False)
+    return vt[:rank] @ qa.T, qb @ u[:, :rank] * s[:rank]

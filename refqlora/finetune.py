@@ -13,6 +13,7 @@ from .checkpoint import BUNDLED
 from .data import Dataset, load_tokenizer, pack_split, read_jsonl, read_texts, split, tokenize_examples
 from .figures import loss_figure
 from .hub import model_directory
+from .lora_config import LoraConfig
 from .model import Model
 from .training import TrainingConfig, evaluate, train
 
@@ -45,14 +46,15 @@ def finetune(
 ) -> dict[str, Any]:
     """Train an adapter on `data` and write it, metrics.jsonl, loss.png and a checkpoint to `out`; -> the figures.
 
-    base: a model's directory, or its id on the hub, which is what the adapter then names. adapter: the options of
-    Model.add_adapter. training: those of TrainingConfig; `epochs` may stand for its steps.
+    base: a model's directory, or its id on the hub, which is what the adapter then names. adapter: the fields of
+    LoraConfig. training: those of TrainingConfig; `epochs` may stand for its steps.
     Raises ValueError or FileNotFoundError, before anything is trained, for what is wrong with files or options.
     """
     keep_freed_memory()
     seed = training.get("seed", 0)
     directory = model_directory(base)
-    model = Model.from_pretrained(directory, quantize="nf4" if quantize else None)
+    late = LoraConfig(**adapter).changes_base  # PiSSA and OLoRA take the dense weights apart: quantised after that
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     eos = model.config.eos_token_id
     eos = eos[0] if isinstance(eos, tuple) and eos else eos
@@ -67,6 +69,8 @@ def finetune(
             f"{train_set.truncated} examples are longer than {max_length} tokens and were cut", highlight=False
         )
     model.add_adapter(**adapter, seed=seed)
+    if quantize:
+        model.quantize()
     if epochs is not None:
         batch_size = training.get("batch_size", TrainingConfig.batch_size)
         training = {**training, "steps": max(1, round(epochs * len(train_set) / batch_size))}
@@ -81,7 +85,7 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     at_once = config.micro_batch_size or config.batch_size
     model.set_adapter(None)
-    before = evaluate(model, eval_set, at_once)  # B is zero at first, so this is the new adapter's loss too
+    before = evaluate(model, eval_set, at_once)  # a new adapter changes nothing, so this is its loss too
     model.set_adapter("default")
     rows = train(model, train_set, config, held_out=eval_set, out=out, resume=resume, title="fine-tuning")
     after = evaluate(model, eval_set, at_once)

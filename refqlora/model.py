@@ -11,11 +11,12 @@ Parameters are a plain dict by their Hugging Face names, adapters and gradients 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import adapters, checkpoint, pretrained
+from . import adapter_files, checkpoint, pretrained
+from .adapters import Adapter, add_adapters, as_lora, new_adapter, placed
 from .backend import Array, array_module
 from .codebooks import CODEBOOKS
 from .config import Config
@@ -23,17 +24,11 @@ from .functional import embedding_backward, embedding_forward, softcap_backward,
 from .head import head_backward, head_forward
 from .kv_cache import KVCache
 from .layer import layer_backward, layer_forward, norm_backward, norm_forward
-from .lora import LoRA, LoraConfig, Weight, init_lora
+from .lora import LoRA, Weight
+from .lora_config import LoraConfig
 from .quantize import QuantizedTensor
 from .quantize import quantize as to_4_bits  # `quantize` is an option's name here
 from .rope import rope_frequencies, rope_tables
-
-
-class Adapter(NamedTuple):
-    """One named adapter: its config, and `<linear>.lora_A.weight` (r, in), `<linear>.lora_B.weight` (out, r)."""
-
-    config: LoraConfig
-    params: dict[str, Array]
 
 
 class Model:
@@ -94,59 +89,49 @@ class Model:
 
     def quantize(self, kind: str = "nf4", **options: Any) -> None:
         """Replace each linear's weight by its quantisation to "nf4", "fp4" or "int4", in place (`options`: those of
-        `quantize`). What is quantised already stays as it is."""
+        `quantize`); also those that PiSSA and OLoRA adapters have in their stead. What is quantised already stays."""
         if kind not in CODEBOOKS:
             raise ValueError(f"quantize must be one of {', '.join(CODEBOOKS)}, not {kind!r}")
-        for name in self.config.linears():
-            weight = self.params[name + ".weight"]
-            if not isinstance(weight, QuantizedTensor):
-                self.params[name + ".weight"] = to_4_bits(weight, CODEBOOKS[kind], name=name + ".weight", **options)
+        linears = {name + ".weight" for name in self.config.linears()}
+        for weights in (self.params, *(adapter.residual for adapter in self.adapters.values())):
+            for name, weight in weights.items():
+                if name in linears and not isinstance(weight, QuantizedTensor):
+                    weights[name] = to_4_bits(weight, CODEBOOKS[kind], name=name, **options)
 
     # ---- adapters ----
 
-    def add_adapter(
-        self,
-        name: str = "default",
-        *,
-        rank: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
-        targets: str | tuple[str, ...] = "all-linear",
-        rslora: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def add_adapter(self, name: str = "default", *, seed: int = 0, **options: Any) -> None:
         """Put a new adapter on the linears that `targets` names, and make it the active one.
 
-        A is random, B zero: the logits stay what they were until it is trained.
+        options: the fields of LoraConfig (rank, alpha, targets, dora, init, ...). The logits stay what they were until
+        it is trained. `init="pissa"` takes the dense weight apart: quantise after it.
         """
-        targets = targets if isinstance(targets, str) else tuple(targets)
-        config = LoraConfig(rank, alpha, dropout, targets, rslora)
-        rng = np.random.default_rng(seed)
-        params = {}
-        for linear in config.matches(self.config.linears()):
-            a, b = init_lora(self.params[linear + ".weight"], rank, rng, self.dtype)
-            params |= {linear + ".lora_A.weight": a, linear + ".lora_B.weight": b}
-        self._adopt(name, Adapter(config, params))
+        self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
+
+    def add_adapters(self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None) -> None:
+        """Add adapters up, each times its factor, into a new one, and make it the active one: see
+        adapters.add_adapters. model.add_adapters({"a": 0.7, "b": 0.3}, name="c")"""
+        parts = {self._known(one): self.adapters[one] for one in factors}
+        self._adopt(name, add_adapters(parts, factors, method, rank))
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
-        config, params = adapters.load_adapter(Path(path), self.config.architecture.conv1d)
-        try:
-            linears = config.matches(self.config.linears())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        shapes = {}
-        for linear in linears:
-            out_features, in_features = self.params[linear + ".weight"].shape
-            shapes[linear + ".lora_A.weight"] = (config.rank, in_features)
-            shapes[linear + ".lora_B.weight"] = (out_features, config.rank)
-        checkpoint.check_shapes(params, shapes, str(path))
-        self._adopt(name, Adapter(config, {key: params[key].astype(self.dtype) for key in shapes}))
+        config, params = adapter_files.load_adapter(Path(path), self.config.architecture.conv1d)
+        self._adopt(name, placed(config, params, self.params, self.config.linears(), self.dtype, str(path)))
 
-    def save_adapter(self, path: str | Path, name: str | None = None, base: str = "") -> None:
-        """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`."""
+    def save_adapter(
+        self, path: str | Path, name: str | None = None, base: str = "", plain: bool | None = None
+    ) -> None:
+        """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`.
+
+        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapters.as_lora). None: only
+        where the file could not say what the adapter sits on (pissa_niter_N).
+        """
         adapter = self.adapters[self._known(name or self.active)]
-        adapters.save_adapter(Path(path), adapter.config, adapter.params, base, self.config.architecture.conv1d)
+        if plain or (plain is None and adapter.config.init.startswith("pissa_niter")):
+            adapter = as_lora(adapter)
+        conv1d = self.config.architecture.conv1d
+        adapter_files.save_adapter(Path(path), adapter.config, adapter.params, base, conv1d)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""
@@ -280,15 +265,12 @@ class Model:
         return self.dtype.type(self.config.hidden_size**0.5)
 
     def _linear(self, name: str) -> tuple[Weight, LoRA | None]:
-        """The weight of the linear of this name, and its adapter."""
+        """The weight that the linear of this name has now, and its adapter."""
         weight = self.params[name + ".weight"]
         if self.active is None:
             return weight, None
-        config, params = self.adapters[self.active]
-        if name + ".lora_A.weight" not in params:
-            return weight, None
-        a, b = params[name + ".lora_A.weight"], params[name + ".lora_B.weight"]
-        return weight, LoRA(a, b, config.scale, config.dropout)
+        adapter = self.adapters[self.active]
+        return adapter.residual.get(name + ".weight", weight), adapter.lora(name)
 
     def _checked(self, tokens: Any) -> Array:
         tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)

@@ -264,8 +264,9 @@ def _identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[st
     adapter = None if model.active is None else asdict(model.adapters[model.active].config)
     frozen = 0
     if adapter is not None:
-        for name in sorted(model.params):
-            param = model.params[name]
+        weights = model.params | model.adapters[model.active].residual
+        for name in sorted(weights):
+            param = weights[name]
             for x in (param.packed, param.constants()) if isinstance(param, QuantizedTensor) else (param,):
                 frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
     identity = {

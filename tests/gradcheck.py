@@ -21,7 +21,8 @@ from mistakes import MISTAKES, planted
 
 from refqlora import attention, functional, head, lora, rope
 from refqlora.config import Config
-from refqlora.lora import LoRA, LoraConfig
+from refqlora.lora import LoRA, row_norms
+from refqlora.lora_config import LoraConfig
 from refqlora.model import Model
 from refqlora.quantize import quantize
 
@@ -63,6 +64,7 @@ class Check:
 
     def __init__(self, name: str, inputs: dict[str, np.ndarray], run: Run, count: int | None = None, tile: int = 3):
         self.name, self.inputs, self.run, self.count, self.tile = name, inputs, run, count, tile
+        self.norms: dict[int, np.ndarray] = {}
 
     @functools.cached_property
     def upstream(self) -> np.ndarray:
@@ -93,19 +95,27 @@ class Check:
         return errors
 
     def _run(self) -> tuple[np.ndarray, Callable]:
-        with self._tiled():
+        with self._settings():
             y, backward = self.run(**self.inputs)
 
-        def tiled_backward(dy: np.ndarray) -> dict[str, np.ndarray]:
-            with self._tiled():
+        def same_backward(dy: np.ndarray) -> dict[str, np.ndarray]:
+            with self._settings():
                 return backward(dy)
 
-        return y, tiled_backward
+        return y, same_backward
 
     @contextmanager
-    def _tiled(self) -> Iterator[None]:
-        """Attention and the head run in tiles of `self.tile` rows, of which the last is partial."""
-        with patch.object(attention, "TILE", self.tile), patch.object(head, "TILE", self.tile * D):
+    def _settings(self) -> Iterator[None]:
+        """Attention and the head in tiles of `tile` rows, of which the last is partial; and DoRA's norms as they were
+        at first, since to its backward they are constants."""
+
+        def held(w: np.ndarray, adapter: LoRA) -> np.ndarray:
+            if id(adapter.A) not in self.norms:
+                self.norms[id(adapter.A)] = row_norms(w, adapter)
+            return self.norms[id(adapter.A)]
+
+        tiles = patch.object(attention, "TILE", self.tile), patch.object(head, "TILE", self.tile * D)
+        with tiles[0], tiles[1], patch.object(lora, "row_norms", held):
             yield
 
 
@@ -169,7 +179,8 @@ def linear(train_weight=False, scale=0.0, dropout=0.0, quantized=None):
     """The linear with options. Its generator starts anew each time: every forward draws the same mask."""
 
     def run(x, weight=None, bias=None, **ab):
-        adapter = LoRA(ab["lora_A.weight"], ab["lora_B.weight"], scale, dropout) if ab else None
+        magnitude = ab.get("lora_magnitude_vector")
+        adapter = LoRA(ab["lora_A.weight"], ab["lora_B.weight"], scale, dropout, magnitude) if ab else None
         rng = np.random.default_rng(3) if dropout else None
         y, cache = lora.linear_forward(x, weight if quantized is None else quantized, bias, adapter, rng)
 
@@ -217,6 +228,7 @@ def operation_checks(count: int | None = 150) -> list[Check]:
     x, w = draw(B, T, D), draw(F, D)
     dense = {"x": x, "weight": w, "bias": draw(F)}
     ab = {"lora_A.weight": draw(r, D), "lora_B.weight": draw(F, r)}
+    dora = ab | {"lora_magnitude_vector": draw(F, seed=1) + 5}
     rslora = LoraConfig(rank=r, alpha=3, rslora=True).scale
     nf4 = quantize(w, name="w")
     return [
@@ -248,6 +260,11 @@ def operation_checks(count: int | None = 150) -> list[Check]:
         check("linear, rsLoRA", dense | ab, linear(scale=rslora)),
         check("linear, LoRA with dropout", dense | ab, linear(scale=1.7, dropout=0.3)),
         check("linear, LoRA on NF4", {"x": x} | ab, linear(scale=1.7, quantized=nf4)),
+        check("linear, DoRA", dense | dora, linear(scale=1.7)),
+        check("linear, DoRA trained with W", dense | dora, linear(train_weight=True, scale=0.4)),
+        check("linear, DoRA with dropout", dense | dora, linear(scale=1.7, dropout=0.3)),
+        check("linear, DoRA with dropout trained with W", dense | dora, linear(True, scale=0.4, dropout=0.3)),
+        check("linear, DoRA on NF4", {"x": x} | dora, linear(scale=1.7, quantized=nf4)),
     ]
 
 
@@ -307,11 +324,14 @@ def of_architecture(model_type: str, **options) -> Model:
 
 
 def stir(adapter: dict[str, np.ndarray], seed: int = 0) -> None:
-    """Give an adapter's B values of order one, in place: at B = 0, dA is zero and would not be checked."""
+    """Give an adapter's B values of order one, in place: at B = 0, dA is zero and would not be checked. So are m/norm
+    and 1 told apart."""
     rng = np.random.default_rng(seed)
     for name, p in adapter.items():
         if name.endswith("lora_B.weight"):
             p[...] = rng.standard_normal(p.shape) * 0.5
+        elif name.endswith("lora_magnitude_vector"):
+            p *= rng.uniform(0.5, 1.5, p.shape)
 
 
 def whole(m: Model, denominator=None, dropout=False, recompute=False) -> Run:
@@ -343,6 +363,9 @@ def model_checks(count: int | None = 6) -> list[Check]:
 
     nf4, some = adapted(dropout=0.25), adapted(targets=("q_proj", "down_proj"), rslora=True)
     nf4.quantize()
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"1.mlp.*": 3}}
+    pissa = adapted(dora=True, init="pissa", dropout=0.25, layers=(1,), **patterns)
+    pissa.quantize()
     tied = tiny_model(tied=True, attention_bias=True, mlp_bias=True)
     return [
         check("model", tiny_model()),
@@ -352,6 +375,8 @@ def model_checks(count: int | None = 6) -> list[Check]:
         check("model, LoRA on NF4 with dropout, recomputed", nf4, dropout=True, recompute=True),
         *(check(f"model, {name}", of_architecture(name), recompute=name == "gemma2") for name in ARCHITECTURES),
         *(check(f"model, {name}, LoRA", adapted(of_architecture(name))) for name in ("gemma2", "phi3", "gpt2")),
+        check("model, DoRA", adapted(dora=True)),
+        check("model, DoRA, PiSSA on NF4 with dropout, recomputed", pissa, dropout=True, recompute=True),
     ]
 
 
@@ -374,10 +399,10 @@ def of_operation(mistake: str) -> list[Check]:
 
 def main() -> int:
     wrong = []
-    print(f"{'operation':45}{'gradient':50}largest relative error")
+    print(f"{'operation':58}{'gradient':58}largest relative error")
     for check in operation_checks(None) + model_checks(None):
         for gradient, error in check.errors().items():
-            print(f"{check.name:45}{gradient:50}{error:.1e}")
+            print(f"{check.name:58}{gradient:58}{error:.1e}")
             if not error < TOLERANCE:
                 wrong.append(f"{check.name}: {gradient}")
     print(f"\n{'planted mistake':55}{'operation':12}whole model")

@@ -107,15 +107,52 @@ def altered_cache(alter, of_dx=True, of_grads=True):
     """dx, the gradients or both as they come out of a cache whose (lora, keep) are altered."""
 
     def change(right, dy, cache, train_weight, dx, grads):
-        x, weight, bias, adapter, keep, z = cache
+        x, weight, bias, adapter, keep, z, dora = cache
         if adapter is None:
             return dx
-        wrong_dx, wrong_grads = right(dy, (x, weight, bias, *alter(adapter, keep), z), train_weight)
+        adapter, keep = alter(adapter, keep)
+        dora = None if adapter is None else dora
+        wrong_dx, wrong_grads = right(dy, (x, weight, bias, adapter, keep, z, dora), train_weight)
         if of_grads:
             grads.update(wrong_grads)
         return wrong_dx if of_dx else dx
 
     return wrong_linear(change)
+
+
+def without_dora(of_dx, of_grads):
+    """dx or the gradients of A and B as if the rows were not rescaled."""
+
+    def change(right, dy, cache, train_weight, dx, grads):
+        if cache[-1] is None:
+            return dx
+        wrong_dx, wrong_grads = right(dy, (*cache[:-1], None), train_weight)
+        grads.update(wrong_grads if of_grads else {})
+        return wrong_dx if of_dx else dx
+
+    return wrong_linear(change)
+
+
+def magnitude_of_the_base(right, dy, cache, train_weight, dx, grads):
+    """dm as if v were x W^T alone."""
+    lora, z, dora = cache[3], cache[5], cache[-1]
+    if dora is not None:
+        base = dora[0] - (z * lora.scale) @ lora.B.T
+        grads["lora_magnitude_vector"] = (dy.reshape(base.shape) * base).sum(0) / dora[1]
+    return dx
+
+
+def through_the_norm(right, dy, cache, train_weight, dx, grads):
+    """dB with the norm's own part, which is right calculus and not DoRA."""
+    (weight, _, adapter), dora = cache[1:4], cache[-1]
+    if dora is not None:
+        v, norm = dora
+        dnorm = -(dy.reshape(v.shape) * v).sum(0) * adapter.magnitude / norm**2
+        changed = lora.dense(weight, v.dtype) + adapter.scale * adapter.B @ adapter.A
+        grads["lora_B.weight"] = (
+            grads["lora_B.weight"] + adapter.scale * (dnorm / norm)[:, None] * changed @ adapter.A.T
+        )
+    return dx
 
 
 def transposed_b(right, dy, cache, train_weight, dx, grads):
@@ -127,7 +164,7 @@ def transposed_b(right, dy, cache, train_weight, dx, grads):
 def first_batch_element_only(right, dy, cache, train_weight, dx, grads):
     if train_weight:
         x, weight, bias = cache[:3]
-        grads |= right(dy[:1], (x[:1], weight, bias, None, None, None), True)[1]
+        grads |= right(dy[:1], (x[:1], weight, bias, None, None, None, None), True)[1]
     return dx
 
 
@@ -242,7 +279,8 @@ def wrong_use(layer_name, keep):
 
     def plant(right):
         def backward(self, dlogits, cache):
-            names = {id(p): name for name, p in self.params.items()}
+            residuals = {} if self.active is None else self.adapters[self.active].residual
+            names = {id(p): name for name, p in [*self.params.items(), *residuals.items()]}
             inner = lora.linear_backward
 
             def forgetful(dy, cache, train_weight=False):
@@ -414,6 +452,11 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "linear: dropout's mask missing in dA": altered_cache(no_mask, of_dx=False),
         "linear: dropout's mask missing in dx": altered_cache(no_mask, of_grads=False),
         "linear: dropout's 1/(1 - p) missing": altered_cache(lambda a, keep: (a._replace(dropout=0.0), keep)),
+        "linear: DoRA's m/norm missing in dA, dB": without_dora(of_dx=False, of_grads=True),
+        "linear: DoRA's m/norm missing in dx": without_dora(of_dx=True, of_grads=False),
+        "linear: DoRA's dm without 1/norm": scaled("lora_magnitude_vector", lambda c: c[-1][1]),
+        "linear: DoRA's dm from x W^T alone": wrong_linear(magnitude_of_the_base),
+        "linear: DoRA's norm not detached": wrong_linear(through_the_norm),
         "linear: dbias is the mean": scaled("bias", lambda c: c[0].shape[-1] / c[0].size),
         "linear: dW, dbias of one batch element only": wrong_linear(first_batch_element_only),
     },

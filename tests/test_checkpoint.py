@@ -16,7 +16,8 @@ import pytest
 import streaming
 
 import refqlora as rq
-from refqlora import adapters, checkpoint, files, head
+from refqlora import checkpoint, files, head
+from refqlora import shards as shards_module
 
 SIZES = {
     "vocab_size": 37,
@@ -322,8 +323,8 @@ def test_a_large_model_is_written_in_shards(tmp_path):
 
 
 def test_five_gigabytes_are_the_limit():
-    assert checkpoint.SHARD == checkpoint.shard_bytes("5GB") == 5_000_000_000
-    assert [checkpoint.shard_bytes(x) for x in (7, "7", "3KB", "2 MB", "1gb")] == [7, 7, 3000, 2 * 10**6, 10**9]
+    assert shards_module.SHARD == shards_module.parse_size("5GB") == 5_000_000_000
+    assert [shards_module.parse_size(x) for x in (7, "7", "3KB", "2 MB", "1gb")] == [7, 7, 3000, 2 * 10**6, 10**9]
 
 
 @pytest.mark.parametrize("size", [0, -1, "0GB", "5GiB", "", "GB", "1.5GB", None, True, 2.5])
@@ -412,58 +413,6 @@ def test_what_older_writers_leave_is_no_fault(tmp_path):
     assert_same_bits(rq.Model.from_pretrained(tmp_path).params, model.params)
 
 
-ADAPTERS = {
-    "all-linear": {},
-    "list": {"targets": ("v_proj", "model.layers.1.mlp.up_proj"), "dropout": 0.1},
-    "regex": {"targets": r".*\.0\.(self_attn\.[qk]|mlp\.down)_proj", "alpha": 2.5},
-    "rslora": {"rslora": True, "rank": 3},
-}
-
-
-@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_round_trips(options, tmp_path):
-    model = with_adapter(new_model(), **options)
-    model.save_adapter(tmp_path, base="some/model")
-    files = ["adapter_config.json", "adapter_model.safetensors"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == files
-    assert json.loads((tmp_path / files[0]).read_text())["base_model_name_or_path"] == "some/model"
-
-    again = new_model()
-    again.load_adapter(tmp_path, "mine")
-    assert again.active == "mine"
-    assert_same_bits(again.trainable(), model.trainable())
-    found, expected = again.adapters["mine"].config, model.adapters["default"].config
-    for field in ("rank", "alpha", "dropout", "rslora", "scale"):
-        assert getattr(found, field) == getattr(expected, field)
-    linears = model.config.linears()
-    assert found.matches(linears) == expected.matches(linears)
-    np.testing.assert_array_equal(again.forward(TOKENS)[0], model.forward(TOKENS)[0])
-
-
-def test_the_adapter_that_is_named_is_saved(tmp_path):
-    model = with_adapter(new_model())
-    model.add_adapter("second", rank=2, targets=["o_proj"])
-    model.save_adapter(tmp_path / "active")
-    model.save_adapter(tmp_path / "named", "default")
-    for directory, name in (("active", "second"), ("named", "default")):
-        config, params = adapters.load_adapter(tmp_path / directory)
-        assert config.rank == model.adapters[name].config.rank
-        assert_same_bits(params, model.adapters[name].params)
-    with pytest.raises(ValueError, match="no adapter 'third'; there are: 'default', 'second'"):
-        model.save_adapter(tmp_path / "third", "third")
-
-
-def test_adapter_files_have_pefts_names(adapter):
-    """Key for key as PEFT writes them (peft 0.21)."""
-    names = {f"model.layers.{i}.{x}" for i in (0, 1) for x in ("self_attn.q_proj", "mlp.down_proj")}
-    keys = {f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
-    assert {name for name, _ in files.read_tensors(adapter / "adapter_model.safetensors")} == keys
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 5, "lora_alpha": 7, "lora_dropout": 0.0}
-    expected |= {"target_modules": ["q_proj", "down_proj"], "bias": "none", "use_rslora": False}
-    assert expected.items() <= config.items()
-
-
 # ---- whole or not at all ----
 
 
@@ -519,7 +468,7 @@ def test_a_killed_run_leaves_the_old_file(saved):
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     child = f"""
 import os, numpy as np
-from refqlora import adapters, files
+from refqlora import files
 os.replace = lambda *args: os._exit(9)
 path = files.Path({str(saved / "model.safetensors")!r})
 files.write_tensors(path, {{"a": np.ones(3, np.float32)}})
@@ -688,188 +637,3 @@ def test_a_weight_that_cannot_be_quantized_is_named(saved, value):
     message = complaint(lambda path: rq.Model.from_pretrained(path, quantize="nf4"), saved)
     assert Q in message
     assert "7, 3" in message
-
-
-# ---- what is wrong with an adapter is said ----
-
-A = "model.layers.1.self_attn.q_proj.lora_A.weight"  # (5, 20)
-KEY = "base_model.model." + A
-
-
-def change_config(**changes):
-    return lambda d: change_json(d / "adapter_config.json", **changes)
-
-
-def change_adapter(changes):
-    return lambda d: change_tensors(d / "adapter_model.safetensors", changes)
-
-
-def rename_keys(old, new):
-    def spoil(d):
-        path = d / "adapter_model.safetensors"
-        tensors = {name.replace(old, new): x for name, x in files.read_tensors(path)}
-        files.write_tensors(path, tensors)
-
-    return spoil
-
-
-ADAPTER_FAULTS = {
-    "no config": (lambda d: (d / "adapter_config.json").unlink(), ["adapter_config.json: no such file"]),
-    "config not JSON": (
-        lambda d: (d / "adapter_config.json").write_text('{"r": 5,'),
-        ["adapter_config.json: not valid JSON"],
-    ),
-    **{
-        f"no {key}": (change_config(**{key: ...}), [f'adapter_config.json: has no "{key}"'])
-        for key in ("peft_type", "r", "lora_alpha", "target_modules")
-    },
-    "null targets": (change_config(target_modules=None), ['adapter_config.json: has no "target_modules"']),
-    "r zero": (change_config(r=0), ["adapter_config.json: rank must be a whole number", "0"]),
-    "r a float": (change_config(r=5.0), ["adapter_config.json: rank must be a whole number", "5.0"]),
-    "alpha text": (
-        change_config(lora_alpha="7"),
-        ["adapter_config.json: alpha must be a positive number", "'7'"],
-    ),
-    "alpha negative": (change_config(lora_alpha=-7), ["adapter_config.json: alpha must be", "-7"]),
-    "dropout text": (change_config(lora_dropout="0.1"), ["adapter_config.json: dropout must be", "'0.1'"]),
-    "dropout one": (change_config(lora_dropout=1), ["adapter_config.json: dropout must be"]),
-    "rslora text": (
-        change_config(use_rslora="no"),
-        ["adapter_config.json: rslora must be true or false", "'no'"],
-    ),
-    "targets a number": (change_config(target_modules=5), ["adapter_config.json: targets must be", "5"]),
-    "targets numbers": (change_config(target_modules=[5]), ["adapter_config.json: targets must be", "5"]),
-    "targets no regex": (change_config(target_modules="q_proj("), ["adapter_config.json: target 'q_proj('"]),
-    "no target": (change_config(target_modules=[]), ["adapter: target () matches no linear"]),
-    "unknown target": (
-        change_config(target_modules=["q_proj", "down_proj", "query_key_value"]),
-        ["adapter: target query_key_value matches no linear", "q_proj"],
-    ),
-    "a part of a name": (
-        change_config(target_modules="proj"),
-        ["adapter: target 'proj'", "matches no linear"],
-    ),
-    **{
-        f"{key} {value}": (
-            change_config(**{key: value}),
-            [f'adapter_config.json: "{key}": {json.dumps(value)}'],
-        )
-        for key, value in {
-            "peft_type": "LOHA",
-            "bias": "lora_only",
-            "fan_in_fan_out": True,
-            "modules_to_save": ["lm_head"],
-            "use_dora": True,
-            "rank_pattern": {"q_proj": 3},
-            "alpha_pattern": {"q_proj": 3},
-            "layers_to_transform": [0],
-            "layer_replication": [[0, 2]],
-            "exclude_modules": ["q_proj"],
-            "target_parameters": ["mlp.experts"],
-            "trainable_token_indices": [0],
-            "lora_bias": True,
-            "use_qalora": True,
-            "use_bdlora": {"nblocks": 2},
-            "alora_invocation_tokens": [1],
-            "arrow_config": {"top_k": 3},
-            "kasa_config": {"beta": 1},
-            "monteclora_config": {"buffer_size": 3},
-            "velora_config": {"num_groups": 3},
-            "init_lora_weights": "pissa_niter_16",
-        }.items()
-    },
-    "no weights": (
-        lambda d: (d / "adapter_model.safetensors").unlink(),
-        ["adapter_model.safetensors: no such file"],
-    ),
-    "pickled weights": (
-        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
-        ["adapter_model.bin: is pickled"],
-    ),
-    "weights cut short": (
-        lambda d: cut_short(d / "adapter_model.safetensors", -1),
-        ["adapter_model.safetensors: not a valid safetensors"],
-    ),
-    "no prefix": (
-        rename_keys("base_model.model.", ""),
-        ["adapter_model.safetensors: model.layers.0", "is not a LoRA matrix (base_model.model."],
-    ),
-    "half a prefix": (
-        rename_keys("base_model.model.", "base_model."),
-        ["adapter: model.layers.0.self_attn.q_proj.lora_A.weight (5, 20) is missing"],
-    ),
-    "adapter's name in the keys": (
-        rename_keys(".weight", ".default.weight"),
-        [
-            "adapter_model.safetensors: base_model.model.model.layers.0",
-            ".default.weight is not a LoRA matrix",
-        ],
-    ),
-    "not LoRA": (
-        change_adapter({"base_model.model.lm_head.weight": np.zeros((37, 20), np.float32)}),
-        ["adapter_model.safetensors: base_model.model.lm_head.weight is not a LoRA matrix"],
-    ),
-    "another rank": (
-        change_config(r=4),
-        ["adapter_model.safetensors: base_model.model.model.layers.0", "does not fit r = 4"],
-    ),
-    "one dimension": (
-        change_adapter({KEY: np.zeros(5, np.float32)}),
-        [f"adapter_model.safetensors: {KEY} has shape (5,), which does not fit r = 5"],
-    ),
-    "transposed": (
-        change_adapter({KEY: np.zeros((20, 5), np.float32)}),
-        [f"adapter_model.safetensors: {KEY} has shape (20, 5), which does not fit r = 5"],
-    ),
-    "integers": (
-        change_adapter({KEY: np.zeros((5, 20), np.int32)}),
-        [f"adapter_model.safetensors: {KEY} is int32, expected one of float16"],
-    ),
-    "missing tensor": (change_adapter({KEY: ...}), [f"adapter: {A} (5, 20) is missing"]),
-    "more than the targets": (
-        change_config(target_modules=["down_proj"]),
-        ["adapter: model.layers.0.self_attn.q_proj.lora_", "is not expected"],
-    ),
-    "less than the targets": (
-        change_config(target_modules="all-linear"),
-        ["adapter: model.layers.0.self_attn.k_proj.lora_A.weight (5, 20) is missing"],
-    ),
-    "another model's width": (
-        change_adapter({KEY: np.zeros((5, 24), np.float32)}),
-        [f"adapter: {A} has shape (5, 24), expected (5, 20)"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "said"), ADAPTER_FAULTS.values(), ids=ADAPTER_FAULTS)
-def test_a_spoilt_adapter_is_refused_by_name(adapter, spoil, said):
-    model = new_model()
-    model.load_adapter(adapter, "good")
-    spoil(adapter)
-    message = complaint(lambda path: model.load_adapter(path, "bad"), adapter)
-    assert str(adapter) in message
-    for part in said:
-        assert part in message
-    assert list(model.adapters) == ["good"]
-    assert model.active == "good"
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"hidden_size": 24}, "lora_A.weight has shape (5, 20), expected (5, 24)"),
-        ({"heads": 3}, "q_proj.lora_B.weight has shape (48, 5), expected (24, 5)"),
-        ({"layers": 3}, "model.layers.2.self_attn.q_proj.lora_A.weight (5, 20) is missing"),
-        ({"layers": 1}, "model.layers.1."),
-    ],
-)
-def test_an_adapter_for_another_model_is_refused(adapter, changes, said):
-    message = complaint(new_model(**changes).load_adapter, adapter)
-    assert message.startswith(str(adapter))
-    assert said in message
-
-
-@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
-def test_a_start_that_leaves_the_base_alone_is_taken(adapter, value):
-    change_json(adapter / "adapter_config.json", init_lora_weights=value)
-    new_model().load_adapter(adapter)

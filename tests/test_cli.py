@@ -17,7 +17,7 @@ import refqlora as rq
 from refqlora import cli, finetune
 from refqlora.checkpoint import BUNDLED
 
-COMMANDS = ("demo", "finetune", "generate", "quantize", "inspect", "pretrain")
+COMMANDS = ("demo", "finetune", "generate", "merge", "quantize", "inspect", "pretrain")
 ROOT = Path(__file__).parent.parent
 
 
@@ -86,6 +86,9 @@ def recorded(monkeypatch):
 
 def test_every_option_of_finetune_arrives(recorded):
     argv = "finetune --data d.txt --model m --out o --no-quantize --rank 3 --alpha 5 --dropout 0.5 "
+    argv += (
+        "--exclude .*k_.* --layers 0 2 --dora --init olora --rank-pattern q_proj=4 a=b=5 --alpha-pattern v_proj=1.5 "
+    )
     argv += "--targets q_proj,v_proj --rslora --steps 7 --batch-size 8 --micro-batch-size 2 --lr 0.25 "
     argv += "--schedule linear --warmup 1 --weight-decay 0.125 --max-grad-norm 9 --max-length 11 "
     argv += "--held-out 0.75 --eval-every 12 --checkpoint-every 13 --recompute --seed 14 --resume --json"
@@ -99,7 +102,19 @@ def test_every_option_of_finetune_arrives(recorded):
     assert options == {
         "base": "m",
         "quantize": False,
-        "adapter": {"rank": 3, "alpha": 5.0, "dropout": 0.5, "targets": ("q_proj", "v_proj"), "rslora": True},
+        "adapter": {
+            "rank": 3,
+            "alpha": 5.0,
+            "dropout": 0.5,
+            "targets": ("q_proj", "v_proj"),
+            "rslora": True,
+            "dora": True,
+            "init": "olora",
+            "exclude": r".*k_.*",
+            "layers": (0, 2),
+            "rank_pattern": {"q_proj": 4, "a=b": 5},
+            "alpha_pattern": {"v_proj": 1.5},
+        },
         "training": {**training, "recompute": True, "seed": 14},
         "epochs": None,
         "max_length": 11,
@@ -263,6 +278,14 @@ BAD = [
     ),
     (FINETUNE + "--targets attention", "target attention matches no linear; there are: down_proj, gate_proj,"),
     (FINETUNE + "--targets q_proj,lm_head", "target lm_head matches no linear"),
+    (FINETUNE + "--exclude o_prj", "exclude o_prj matches no linear"),
+    (FINETUNE + "--layers 7", r"layers: there is no layer 7 in \[0, 1\]"),
+    (FINETUNE + "--layers 0 --targets .*_proj", "layers do not go with a regular expression"),
+    (FINETUNE + "--init svd", "--init: invalid choice: 'svd'"),
+    (FINETUNE + "--init pissa --rank 41", "q_proj: pissa takes rank 40 at most from a weight of shape"),
+    (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: must be NAME=VALUE, not q_proj"),
+    (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: must be a whole number of 1 or more, not 0"),
+    (FINETUNE + "--alpha-pattern lm_head=2", 'alpha_pattern: "lm_head" matches no linear that has an adapter'),
     (FINETUNE + "--rank 0", "--rank: must be a whole number of 1 or more, not 0"),
     (FINETUNE + "--rank two", "--rank: must be a whole number of 1 or more, not two"),
     (FINETUNE + "--rank 1000000000000", "Unable to allocate"),

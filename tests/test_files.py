@@ -134,7 +134,7 @@ LIES = {
         lambda p: written(p, changed(data_offsets=[26, 34]), 34),
         "b, bfloat16 of shape (4,), takes the bytes [26,",
     ),
-    "dtype unknown": (lambda p: written(p, changed(dtype="F8_E4M3")), "b is F8_E4M3, expected one of F64, F32"),
+    "dtype unknown": (lambda p: written(p, changed(dtype="F4")), "b is F4, expected one of F64, F32"),
     "dtype complex": (lambda p: written(p, changed(dtype="C64")), "b is C64, expected one of"),
     "dtype a list": (lambda p: written(p, changed(dtype=["F32"])), "b is ['F32'], expected one of"),
     "data cut short": (lambda p: written(p, GOOD, 31), "its tensors end at byte"),

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import refqlora as rq
+from refqlora import adapters
 from refqlora import finetune as module
 from refqlora.data import load_tokenizer
 from refqlora.files import read_json
@@ -55,14 +56,25 @@ def run(pairs, base, tmp_path_factory):
     return out, *go(pairs, out, base)
 
 
+KINDS = [{}, {"dora": True}, {"init": "pissa", "dora": True}, {"init": "olora", "rank_pattern": {"q_proj": 2}}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("quantize", [True, False])
-def test_the_figures_are_those_of_the_files(quantize, pairs, base, tmp_path):
-    """What stands in the directory, loaded anew, gives the losses that were reported, to the bit."""
-    facts, printed = go(pairs, tmp_path, base, quantize=quantize)
+def test_the_figures_are_those_of_the_files(quantize, kind, pairs, base, tmp_path):
+    """What stands in the directory, loaded anew, gives the losses that were reported, to the bit. PiSSA and OLoRA take
+    the dense weights apart, and are quantised after that."""
+    facts, printed = go(pairs, tmp_path, base, quantize=quantize, adapter={**ADAPTER, **kind})
     train_set, held_out = sets(pairs, base)
-    model = rq.Model.from_pretrained(base, quantize="nf4" if quantize else None)
+    late = "init" in kind
+    model = rq.Model.from_pretrained(base, quantize="nf4" if quantize and not late else None)
+    if late:
+        model.load_adapter(tmp_path)
+        model.set_adapter(None)
+    if quantize:
+        model.quantize()
     before = evaluate(model, held_out, TRAINING["batch_size"])
-    model.load_adapter(tmp_path)
+    model.set_adapter("default") if late else model.load_adapter(tmp_path)
     after = evaluate(model, held_out, TRAINING["batch_size"])
     assert facts["held_out_loss"] == {"before": before.loss, "after": after.loss}
     assert facts["held_out_bits_per_byte"] == {"before": before.bits_per_byte, "after": after.bits_per_byte}
@@ -110,6 +122,28 @@ def test_stopped_and_resumed(run, pairs, base, tmp_path):
     assert (facts, printed.replace(str(tmp_path), str(run[0]))) == run[1:]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
+def test_every_kind_resumes_to_the_bit(kind, pairs, base, tmp_path):
+    adapter = {**ADAPTER, "dropout": 0.1, **kind}
+    go(pairs, tmp_path / "whole", base, adapter=adapter)
+    with tiny.interrupted(module, 3, checkpoint_every=2), pytest.raises(KeyboardInterrupt):
+        go(pairs, tmp_path / "cut", base, adapter=adapter)
+    go(pairs, tmp_path / "cut", base, adapter=adapter, resume=True)
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert {name: x.tobytes() for name, x in whole.items()} == {name: x.tobytes() for name, x in cut.items()}
+
+
+def test_another_residual_is_another_run(pairs, base, tmp_path, monkeypatch):
+    """What PiSSA sits on is part of the frozen weights: where it comes out otherwise, nothing is resumed."""
+    adapter = {**ADAPTER, "init": "pissa"}
+    with tiny.interrupted(module, 3, checkpoint_every=2), pytest.raises(KeyboardInterrupt):
+        go(pairs, tmp_path, base, adapter=adapter)
+    right = adapters.residual
+    monkeypatch.setattr(adapters, "residual", lambda w, *ab: right(w, *ab) * np.float32(1.001))
+    with pytest.raises(ValueError, match="is of another run: the weights' checksum"):
+        go(pairs, tmp_path, base, adapter=adapter, resume=True)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2.5, 8), (0.01, 1)])

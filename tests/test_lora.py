@@ -1,4 +1,4 @@
-"""The linear with its adapter: definition, dropout, quantised weights, initialisation, merging, targets.
+"""The linear with its adapter: definition, dropout, quantised weights, DoRA, initialisation, merging.
 
 Its gradients and the mistakes planted in them are checked in test_functional, with the other operations.
 """
@@ -6,11 +6,9 @@ Its gradients and the mistakes planted in them are checked in test_functional, w
 import ml_dtypes
 import numpy as np
 import pytest
-from gradcheck import B, D, F, T, draw, r, tiny_config
-from hypothesis import given
-from hypothesis import strategies as st
+from gradcheck import B, D, F, T, central_difference, draw, r, relative_error
 
-from refqlora.lora import LoRA, LoraConfig, dense, init_lora, linear_backward, linear_forward, merge
+from refqlora.lora import LoRA, dense, init_lora, linear_backward, linear_forward, merge, residual, row_norms
 from refqlora.quantize import dequantize, quantize
 
 
@@ -145,80 +143,100 @@ def test_merging_into_16_bits_rounds_once():
     assert np.array_equal(merged, merge(w.astype(np.float32), lora).astype(ml_dtypes.bfloat16))
 
 
-# ---- the config and its targets ----------------------------------------------------------------------------
+# ---- DoRA --------------------------------------------------------------------------------------------------
 
 
-def test_scales():
-    assert LoraConfig(rank=16, alpha=32).scale == 2
-    assert LoraConfig(rank=16, alpha=32, rslora=True).scale == 8
-    assert LoraConfig(rank=np.int64(3), alpha=np.float32(1)).scale == pytest.approx(1 / 3)
-    assert type(LoraConfig(rank=4, alpha=np.float32(1)).scale) is float  # a NumPy scalar would widen float32
+def dora(**options):
+    return adapter(**options)._replace(magnitude=draw(F, seed=1) + 5)
 
 
-LINEARS = tiny_config().linears()
-KINDS = [name.rsplit(".", 1)[1] for name in LINEARS[:7]]
+def test_dora_is_its_definition():
+    """Liu et al. 2024, eq. 5: y = x W'^T + bias, the rows of W' being those of W + s B A brought to the lengths m."""
+    x, w, bias, lora = draw(B, T, D), draw(F, D), draw(F), dora()
+    changed = w + 1.7 * lora.B @ lora.A
+    rescaled = changed / np.linalg.norm(changed, axis=1, keepdims=True) * lora.magnitude[:, None]
+    np.testing.assert_allclose(linear_forward(x, w, bias, lora)[0], x @ rescaled.T + bias, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merge(w, lora), rescaled, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(np.linalg.norm(merge(w, lora), axis=1), lora.magnitude, rtol=1e-13)
 
 
-def in_every_layer(*kinds):
-    return [name for name in LINEARS if name.rsplit(".", 1)[1] in kinds]
+def test_doras_dropout_reaches_the_rescaling_too():
+    """PEFT's way: y = x W^T + (m/norm - 1) x' W^T + m/norm s (x' A^T) B^T with the dropped x'."""
+    x, w, lora = draw(T, D), draw(F, D), dora(dropout=0.4)
+    keep = np.random.default_rng(0).random((T, D), np.float32) >= 0.4
+    dropped, g = x * keep / 0.6, lora.magnitude / row_norms(w, lora)
+    expected = x @ w.T + (g - 1) * (dropped @ w.T) + g * (1.7 * (dropped @ lora.A.T) @ lora.B.T)
+    y, _ = linear_forward(x, w, None, lora, np.random.default_rng(0))
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        ("all-linear", LINEARS),
-        (("q_proj", "v_proj"), in_every_layer("q_proj", "v_proj")),
-        (["v_proj", "q_proj"], in_every_layer("q_proj", "v_proj")),
-        (("self_attn.k_proj",), in_every_layer("k_proj")),
-        (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
-        (("1.mlp.up_proj", "o_proj"), [*in_every_layer("o_proj"), "model.layers.1.mlp.up_proj"]),
-        (r".*\.(q|down)_proj", in_every_layer("q_proj", "down_proj")),
-        (r"model\.layers\.0\..*", LINEARS[:7]),
-    ],
-)
-def test_targets(targets, expected):
-    assert sorted(LoraConfig(targets=targets).matches(LINEARS)) == sorted(expected)
+def test_a_new_dora_changes_nothing():
+    x, w = draw(B, T, D), draw(F, D)
+    lora = LoRA(*init_lora(w, r, np.random.default_rng(0), w.dtype), scale=2.0)
+    y, _ = linear_forward(x, w, None, lora._replace(magnitude=row_norms(w, lora)))
+    np.testing.assert_allclose(y, x @ w.T, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (("q_proj", "query"), f"target query matches no linear; there are: {', '.join(sorted(KINDS))}"),
-        (("_proj",), "target _proj matches no linear"),  # a suffix begins after a dot
-        (("proj",), "target proj matches no linear"),
-        (("lm_head",), "target lm_head matches no linear"),
-        ((), r"target \(\) matches no linear"),
-        (r".*\.q", "a regular expression for the whole name, matches no linear"),
-        ("q_proj", "target 'q_proj', a regular expression for the whole name, matches no linear"),
-    ],
-)
-def test_targets_that_match_nothing(targets, message):
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(targets=targets).matches(LINEARS)
+def test_doras_norm_is_held_in_its_backward():
+    """Central differences that let the norm move find another dB: the gradient checks are right to hold it."""
+    x, w, lora, dy = draw(T, D), draw(F, D), dora(), draw(T, F, seed=1)
+    _, grads = linear_backward(dy, linear_forward(x, w, None, lora)[1])
+    numeric = central_difference(lambda: (linear_forward(x, w, None, lora)[0] * dy).sum(), lora.B, np.arange(F * r))
+    assert relative_error(numeric, grads["lora_B.weight"].ravel()) > 0.1
 
 
-@given(st.lists(st.sampled_from(KINDS), min_size=1, unique=True))
-def test_a_list_is_the_regular_expression_of_its_alternatives(kinds):
-    pattern = rf".*\.({'|'.join(kinds)})"
-    assert LoraConfig(targets=tuple(kinds)).matches(LINEARS) == LoraConfig(targets=pattern).matches(LINEARS)
+# ---- PiSSA and OLoRA ---------------------------------------------------------------------------------------
+
+FROM_THE_WEIGHT = ["pissa", "pissa_niter_50", "olora"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank must be a whole number of 1 or more, not 0"),
-        ({"rank": 2.0}, "rank .* not 2.0"),
-        ({"rank": True}, "rank .* not True"),
-        ({"alpha": 0}, "alpha must be a positive number, not 0"),
-        ({"alpha": float("nan")}, "alpha .* not nan"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
-        ({"dropout": -0.1}, "dropout .* not -0.1"),
-        ({"dropout": float("nan")}, "dropout .* not nan"),
-        ({"rslora": "yes"}, "rslora must be true or false, not 'yes'"),
-        ({"targets": "*_proj"}, r"target '\*_proj' is no regular expression"),
-        ({"targets": ("q_proj", 3)}, "targets must be a string or names"),
-    ],
-)
-def test_unusable_configs(options, message):
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(**options)
+@pytest.mark.parametrize("init", FROM_THE_WEIGHT)
+@pytest.mark.parametrize("shape", [(F, D), (D, F)])
+def test_residual_and_b_a_make_the_weight(init, shape):
+    w = draw(*shape)
+    a, b = init_lora(w, r, np.random.default_rng(0), w.dtype, init, scale=0.6)
+    assert (a.shape, b.shape) == ((r, shape[1]), (shape[0], r))
+    np.testing.assert_allclose(residual(w, a, b, 0.6) + 0.6 * b @ a, w, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_50"])
+def test_pissa_takes_the_largest_part_of_the_weight(init):
+    """The residual's singular values are the rest of W's; A and B share theirs evenly."""
+    w, scale = draw(F, D), 0.6
+    a, b = init_lora(w, r, np.random.default_rng(0), w.dtype, init, scale)
+    values = np.linalg.svd(w, compute_uv=False)
+    left = np.linalg.svd(residual(w, a, b, scale), compute_uv=False)
+    np.testing.assert_allclose(left[: D - r], values[r:], rtol=1e-4 if "niter" in init else 1e-12)
+    np.testing.assert_allclose(left[D - r :], 0, atol=1e-12)
+    np.testing.assert_allclose(a @ a.T, np.diag(values[:r] / scale), atol=1e-3 if "niter" in init else 1e-12)
+    np.testing.assert_allclose(b.T @ b, a @ a.T, rtol=1e-9, atol=1e-10)
+
+
+def test_olora_is_the_first_part_of_the_qr():
+    w = draw(F, D)
+    a, b = init_lora(w, r, np.random.default_rng(0), w.dtype, "olora", 0.6)
+    np.testing.assert_allclose(b.T @ b, np.eye(r), atol=1e-13)
+    np.testing.assert_allclose((b @ a)[:, :r], w[:, :r], rtol=1e-12, atol=1e-13)  # the first r columns are in B A whole
+    assert np.allclose(np.tril(a[:, :r], -1), 0)
+
+
+def test_gaussian_a_has_std_1_over_r():
+    a, b = init_lora(np.empty((300, 400), np.float32), 50, np.random.default_rng(0), np.float32, "gaussian")
+    assert (b == 0).all()
+    assert abs(a.std() * 50 - 1) < 5 / np.sqrt(2 * a.size)
+
+
+def test_a_quantised_weight_gives_olora_a_quantised_residual():
+    q = quantize(draw(128, 192).astype(np.float32), block_size=128, double_quant=False)
+    a, b = init_lora(q, r, np.random.default_rng(0), np.dtype(np.float32), "olora", 2.0)
+    found = residual(q, a, b, 2.0)
+    assert (found.block_size, found.nested_absmax) == (128, None)
+    rest = dequantize(q) - 2.0 * b @ a
+    assert np.array_equal(found.packed, quantize(rest, block_size=128, double_quant=False).packed)
+
+
+def test_starts_that_are_not_possible():
+    with pytest.raises(ValueError, match=r"pissa takes rank 10 at most from a weight of shape \(13, 10\)"):
+        init_lora(draw(F, D), 11, np.random.default_rng(0), np.dtype(float), "pissa")
+    with pytest.raises(ValueError, match="it is quantised already: load the model dense"):
+        init_lora(quantize(draw(F, D)), r, np.random.default_rng(0), np.dtype(float), "pissa")

@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import refqlora as rq
-from refqlora.lora import LoRA
 
 B, T = 4, 11
 SIZES = {
@@ -336,66 +335,6 @@ def test_a_planted_error_shows(wrong, tmp_path):
         shrink = MAX_NORM / found[1]["norm"]
         found[1]["gradients"] = {name: g * shrink for name, g in found[1]["gradients"].items()}
     assert difference(found[1]["gradients"], expected[1]["gradients"]) > 100 * TOLERANCE
-
-
-# ---- adapter files -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
-def test_what_peft_saves_loads_here(config, tmp_path):
-    base = their_llama()
-    ours = our_llama(base, tmp_path / "base")
-    theirs = their_adapter(base, config)
-    theirs.save_pretrained(tmp_path / "adapter")
-    ours.load_adapter(tmp_path / "adapter")
-    for name, p in arrays(trained(theirs)).items():
-        np.testing.assert_array_equal(ours.trainable()[name], p, err_msg=name)
-    tokens, _ = batch()
-    expected = logits_of(theirs, tokens)
-    agree("logits", ours.forward(tokens)[0], expected)
-    ours.set_adapter(None)
-    assert difference(ours.forward(tokens)[0], expected) > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
-def test_what_we_save_loads_in_peft_without_a_word(config, tmp_path):
-    base = their_llama()
-    ours = our_llama(base, tmp_path / "base")
-    our_adapter(ours, their_adapter(base, config), config)
-    ours.save_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
-    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter", is_trainable=True)
-    loaded = arrays(trained(theirs))
-    assert loaded.keys() == ours.trainable().keys()
-    for name, p in loaded.items():
-        np.testing.assert_array_equal(p, ours.trainable()[name], err_msg=name)
-    result = theirs.load_adapter(tmp_path / "adapter", "again")
-    assert result.unexpected_keys == []
-    assert [name for name in result.missing_keys if "lora" in name] == []
-    tokens, _ = batch()
-    agree("logits", ours.forward(tokens)[0], logits_of(theirs, tokens))
-
-
-def test_merging(tmp_path):
-    config = ADAPTERS["rslora"]
-    base = their_llama()
-    ours = our_llama(base, tmp_path)
-    theirs = their_adapter(base, config)
-    our_adapter(ours, theirs, config)
-    tokens, _ = batch()
-    logits, _ = ours.forward(tokens)
-    params, scale = ours.trainable(), ours.adapters["default"].config.scale
-    for linear in ours.config.linears():
-        lora = LoRA(params[linear + ".lora_A.weight"], params[linear + ".lora_B.weight"], scale)
-        ours.params[linear + ".weight"] = rq.merge(ours.params[linear + ".weight"], lora)
-    ours.set_adapter(None)
-    merged = theirs.merge_and_unload()
-    agree("merged weights", ours.params, arrays(list(merged.named_parameters())), 1e-6)
-    agree("merged logits and PEFT's", ours.forward(tokens)[0], logits_of(merged, tokens))
-    agree("merged logits and unmerged", ours.forward(tokens)[0], logits)
 
 
 # ---- QLoRA against bitsandbytes' Linear4bit ----------------------------------------------------------------

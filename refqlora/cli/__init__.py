@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 
-from . import demo, finetune, generate, inspect, pretrain, quantize
+from . import demo, finetune, generate, inspect, merge, pretrain, quantize
 from .options import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = parser().parse_args(argv)
+
+    def warn(message: Warning | str, *_: Any) -> None:
+        print(f"refqlora {arguments.command}: warning: {message}", file=sys.stderr)
+
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
+        # What is not finite ends training with an error of its own.
+        with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = warn
             arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
@@ -35,6 +44,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, quantize, inspect, pretrain):
+    for module in (demo, finetune, generate, merge, quantize, inspect, pretrain):
         module.add(commands)
     return top

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..finetune import finetune
+from ..lora_config import INITS
 from ..optim import SCHEDULES
 from .options import command, common, console, count, model, natural, report
 
@@ -29,8 +32,22 @@ def add(commands: Any) -> None:
     group.add_argument("--rank", type=count, default=16, help="r, the rank of B A")
     group.add_argument("--alpha", type=float, default=32.0, help="the change is scaled by alpha/r")
     group.add_argument("--dropout", type=float, default=0.0, help="rate at which the adapter's input is dropped")
-    group.add_argument("--targets", default="all-linear", help="all-linear, or names such as q_proj,v_proj")
+    group.add_argument(
+        "--targets", default="all-linear", help="all-linear, names such as q_proj,v_proj, or a regular expression"
+    )
+    group.add_argument("--exclude", default=None, help="linears that get none, named as in --targets")
+    group.add_argument("--layers", type=natural, nargs="+", default=None, help="numbers of the layers that get one")
     group.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
+    group.add_argument("--dora", action="store_true", help="learn magnitude and direction of the weights apart (DoRA)")
+    group.add_argument("--init", choices=INITS, default="default", help="how A and B start")
+    for what, kind in (("rank", count), ("alpha", float)):
+        group.add_argument(
+            f"--{what}-pattern",
+            type=_named(kind),
+            nargs="+",
+            metavar="NAME=VALUE",
+            help=f"another {what} for the linears of this name, such as q_proj=8",
+        )
     group = options.add_argument_group("training")
     group.add_argument("--steps", type=count, default=None, help="updates to make, instead of --epochs")
     group.add_argument("--epochs", type=float, default=None, help="passes over the data (default: 3)")
@@ -62,14 +79,26 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--epochs must be a number above 0, not {a.epochs}")
     same = ("batch_size", "micro_batch_size", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
     same += ("eval_every", "checkpoint_every", "recompute", "seed")
-    targets = a.targets if a.targets == "all-linear" else tuple(a.targets.split(","))
+    adapter = {
+        "rank": a.rank,
+        "alpha": a.alpha,
+        "dropout": a.dropout,
+        "targets": _names(a.targets),
+        "exclude": _names(a.exclude) if a.exclude else (),
+        "layers": None if a.layers is None else tuple(a.layers),
+        "rslora": a.rslora,
+        "dora": a.dora,
+        "init": a.init,
+        "rank_pattern": dict(a.rank_pattern or ()),
+        "alpha_pattern": dict(a.alpha_pattern or ()),
+    }
     facts = finetune(
         a.data,
         a.out,
         console(a),
         base=a.model,
         quantize=not a.no_quantize,
-        adapter={"rank": a.rank, "alpha": a.alpha, "dropout": a.dropout, "targets": targets, "rslora": a.rslora},
+        adapter=adapter,
         training={"steps": a.steps or 1, **{option: getattr(a, option) for option in same}},
         epochs=None if a.steps is not None else (a.epochs or 3.0),
         max_length=a.max_length,
@@ -77,3 +106,21 @@ def run(a: argparse.Namespace) -> None:
         resume=a.resume,
     )
     report(a, facts)
+
+
+def _names(text: str) -> str | tuple[str, ...]:
+    """Names divided by commas; what no names can be is a regular expression."""
+    return tuple(text.split(",")) if re.fullmatch(r"[\w.,]+", text) else text
+
+
+def _named(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    def name_and_value(text: str) -> tuple[str, Any]:
+        name, _, value = text.rpartition("=")
+        try:
+            if name:
+                return name, kind(value)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text}")
+
+    return name_and_value

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..adapter_files import read_config
 from ..data import load_tokenizer
 from ..generation import stream
 from ..hub import model_directory
@@ -38,10 +39,13 @@ def add(commands: Any) -> None:
 
 def run(a: argparse.Namespace) -> None:
     directory = model_directory(a.model)
-    model = Model.from_pretrained(directory, quantize=None if a.no_quantize else "nf4")
+    late = a.adapter is not None and read_config(a.adapter).changes_base  # PiSSA and OLoRA take the dense weights apart
+    model = Model.from_pretrained(directory, quantize=None if a.no_quantize or late else "nf4")
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     if a.adapter is not None:
         model.load_adapter(a.adapter)
+    if not a.no_quantize:
+        model.quantize()
     prompt = sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # Python's stand-ins for bytes that are no text
         raise ValueError("the prompt is not UTF-8 text")

@@ -1,0 +1,185 @@
+"""Adapters merged into their base: a model that needs no adapter, and how far it is from the one that was trained.
+
+An adapter trained by QLoRA has learnt on the quantised base: what was trained is Q(W) + s B A. It can be merged
+
+    into the original weights    W + s B A          the base's quantisation error, which it learnt with, is gone
+    into the dequantised base    Q(W) + s B A       what was trained, up to the rounding of the file's dtype
+    back into 4 bits             Q(Q(W) + s B A)    what is smaller than a step of the codes is lost
+
+and each is some way off. The error is given as a multiple of the adapter's own change, ||s B A||: at 1 the merged
+weights are as far from the trained ones as the base without the adapter is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .backend import Array
+from .checkpoint import read_model
+from .files import read_json
+from .lora import LoRA, Weight, dense, merge
+from .model import Model
+from .quantize import QuantizedTensor, dequantize, quantize
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+INTO = ("dequantised", "original", "nf4")
+ERASED = 0.5  # from this error on, requantising is said to erase the adapter
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def merge_model(
+    base: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    into: str | None = None,
+    trained_on_nf4: bool = True,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Merge adapters into the model in `base` and write the result, with the tokenizer and whatever else lies there, to
+    the new directory `out`; -> the errors by kind of linear, and in all.
+
+    trained_on_nf4: whether the adapters learnt on the base in NF4 (QLoRA) or on the weights as they are (LoRA).
+    into: one of INTO; by default "dequantised" after QLoRA, otherwise "original". With "dequantised" and "nf4" every
+    linear is quantised, those without an adapter too. dtype: of the files, a key of DTYPES; by default the base's.
+    The changes of several adapters add up, each counted from the base.
+
+    Raises ValueError or FileNotFoundError for what is wrong with files or options. `out` is there whole or not at all.
+    """
+    into = into or ("dequantised" if trained_on_nf4 else "original")
+    if into not in INTO:
+        raise ValueError(f"into must be one of {', '.join(INTO)}, not {into!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if dtype is not None and into == "nf4":
+        raise ValueError("dtype is that of 16 or 32 bit files: it does not go with nf4")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: is there already, and not empty")
+    model = Model.from_pretrained(base)
+    stored = np.dtype(DTYPES[dtype or _file_dtype(base)])
+    for i, adapter in enumerate(adapters):
+        model.load_adapter(adapter, str(i))
+    linears = model.config.linears()
+    if into == "original" and isinstance(model.params[linears[0] + ".weight"], QuantizedTensor):
+        raise ValueError(f"{base}: is quantised already: there are no original weights to merge into")
+
+    errors = Errors()
+    for linear in linears:
+        weights = merged_weights(model, linear, trained_on_nf4)
+        wanted = weights["requantised" if into == "nf4" else into]
+        errors.add(linear, weights, stored)
+        if not isinstance(wanted, QuantizedTensor) and not np.isfinite(wanted.astype(stored)).all():
+            raise ValueError(f"{linear}.weight: merged, it is beyond what {stored} holds")
+        model.params[linear + ".weight"] = wanted
+    facts = errors.facts()
+    if not facts["all"]["change"]:
+        raise ValueError("nothing to merge: the adapters change no weight")
+    model.set_adapter(None)
+    with _new_directory(out) as directory:
+        model.save_pretrained(directory, **({} if into == "nf4" else {"dtype": stored}))
+        for file in sorted(base.iterdir()):
+            ours = file.name.startswith(".") or file.name.endswith(_WEIGHTS) or (directory / file.name).exists()
+            if file.is_file() and not ours:
+                shutil.copyfile(file, directory / file.name)
+    facts |= {"into": into, "dtype": "nf4" if into == "nf4" else stored.name, "trained_on_nf4": trained_on_nf4}
+    return facts | {"erased": facts["all"]["requantised"] >= ERASED}
+
+
+def merged_weights(model: Model, linear: str, trained_on_nf4: bool = True) -> dict[str, Weight | None]:
+    """One linear's weight (out, in) under all of the model's adapters: as "base" and as "trained" (what the adapters
+    learnt on, without and with them), and merged: "original" (None where the model is quantised), "dequantised",
+    "requantised".
+
+    `model` as it was loaded, dense or quantised; dense arrays are of its dtype, "requantised" is a QuantizedTensor.
+    """
+    name, dtype = linear + ".weight", model.dtype
+    weight = model.params[name]
+    parts = [(a.residual.get(name, weight), a.lora(linear)) for a in model.adapters.values()]
+    quantized = _nf4(weight, name)
+    on_nf4 = _summed(quantized, [(quantized if w is weight else _nf4(w, name), lora) for w, lora in parts], dtype)
+    original = None if isinstance(weight, QuantizedTensor) else _summed(weight, parts, dtype)
+    trained = on_nf4 if trained_on_nf4 or original is None else original
+    return {
+        "base": dense(quantized if original is None else weight, dtype),
+        "trained": trained,
+        "original": original,
+        "dequantised": on_nf4,
+        "requantised": quantize(trained, name=name),
+    }
+
+
+class Errors:
+    """Squared norms, summed by kind of linear."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, float]] = {}
+
+    def add(self, linear: str, weights: dict[str, Weight | None], stored: np.dtype) -> None:
+        """Count one linear's `merged_weights`, the dense ones as a file of dtype `stored` holds them."""
+        trained, original = weights["trained"], weights["original"]
+        change = (trained if original is None else original) - weights["base"]
+        found = {"weight": weights["base"], "change": change}
+        for way in ("original", "dequantised"):
+            if weights[way] is not None:
+                found[way] = weights[way].astype(stored).astype(trained.dtype) - trained
+        found["requantised"] = dequantize(weights["requantised"], trained.dtype) - trained
+        for kind in (linear.rsplit(".", 1)[-1], "all"):
+            sums = self.sums.setdefault(kind, dict.fromkeys(found, 0.0) | {"linears": 0})
+            sums["linears"] += 1
+            for what, x in found.items():
+                sums[what] += float(np.linalg.norm(x)) ** 2
+
+    def facts(self) -> dict[str, Any]:
+        """By kind, and for "all": how many linears; the change relative to the weight; the error of each way relative
+        to the change (None where nothing changed, or there is no original)."""
+        rows = {}
+        for kind, sums in self.sums.items():
+            rows[kind] = {"linears": sums["linears"], "change": (sums["change"] / sums["weight"]) ** 0.5}
+            for way in ("original", "dequantised", "requantised"):
+                known = way in sums and sums["change"]
+                rows[kind][way] = (sums[way] / sums["change"]) ** 0.5 if known else None
+        return {"kinds": {kind: row for kind, row in rows.items() if kind != "all"}, "all": rows["all"]}
+
+
+def _summed(base: Weight, parts: list[tuple[Weight, LoRA | None]], dtype: np.dtype) -> Array:
+    """The base's weight plus what each adapter changes in it; a part is the weight that an adapter sits on, and it."""
+    parts = [(weight, lora) for weight, lora in parts if lora is not None]
+    if len(parts) == 1:
+        return merge(dense(parts[0][0], dtype), parts[0][1])
+    w = dense(base, dtype)
+    return w + sum(merge(dense(weight, dtype), lora) - w for weight, lora in parts)
+
+
+def _nf4(weight: Weight, name: str) -> QuantizedTensor:
+    return weight if isinstance(weight, QuantizedTensor) else quantize(weight, name=name)
+
+
+def _file_dtype(base: Path) -> str:
+    """The dtype of the base's files: what config.json says, otherwise that of the first tensor."""
+    config = read_json(base / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or next(read_model(base))[1].dtype.name
+    return name if name in DTYPES else "float32"
+
+
+@contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A directory under a temporary name beside `path`, renamed to it unless an error came; gone if one did."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # empty, or it would have been refused
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
