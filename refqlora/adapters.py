@@ -123,8 +123,8 @@ def placed(
     for linear in chosen:
         if keys := config.rivals("alpha_pattern", linear):
             warnings.warn(
-                f"{where}: alpha_pattern: {' and '.join(keys)} both fit {linear}, and the first counts: "
-                "PEFT sorts them when it saves, so that another may have been first in training",
+                f"{where}: alpha_pattern: {' and '.join(keys)} both fit {linear}, and the first counts: PEFT sorts "
+                "them when it saves, so that another may have been first in training",
                 stacklevel=3,
             )
             break
