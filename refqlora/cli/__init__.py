@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from .options import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a download's would fill the log
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
             arguments.run(arguments)
