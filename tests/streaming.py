@@ -55,13 +55,15 @@ def predicted(config: Config, itemsize: int = 2) -> dict[str, int]:
 
 
 def write(config: Config, directory: Path, shard_bytes: int = SHARD) -> None:
-    """Random bfloat16 weights, shard by shard: no more than one shard in memory."""
+    """Random bfloat16 weights, shard by shard: no more than one in memory. What is quantised comes last, and of it the
+    largest: when it is read, all the rest is held."""
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(1 << 20) * 0.02).astype(ml_dtypes.bfloat16)
-    shapes = list(config.shapes().items())
+    linears = {name + ".weight" for name in config.linears()}
+    shapes = sorted(config.shapes().items(), key=lambda item: (item[0] in linears, np.prod(item[1])))
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     for name, shape in shapes:
-        if sum(2 * int(np.prod(s)) for _, s in shards[-1]) > shard_bytes:
+        if sum(2 * int(np.prod(s)) for _, s in shards[-1]) >= shard_bytes:
             shards.append([])
         shards[-1].append((name, shape))
     weight_map = {}

@@ -222,8 +222,7 @@ def test_quantising_streams(tied, tmp_path):
     """Memory's peak is what is held, the largest tensor as the file has it, and what `quantize` works with: no second
     tensor, no float32 copy."""
     config = dataclasses.replace(LARGE, tied=tied)
-    streaming.write(config, tmp_path, shard_bytes=20_000_000)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    streaming.write(config, tmp_path, shard_bytes=1)  # a file each, the largest last, where one too many would show
     terms = streaming.predicted(config)
     peak, model = peak_of(lambda: rq.Model.from_pretrained(tmp_path, quantize="nf4"))
     assert sum(p.nbytes for p in model.params.values()) == terms["held"]
@@ -334,7 +333,7 @@ def test_a_shard_s_size_that_cannot_be_is_refused_before_anything_is_written(siz
     assert not (tmp_path / "out").exists()
 
 
-SIZES_OF_SHARDS = {"one file": "5GB", "shards": 3000, "other shards": 5000}
+SIZES_OF_SHARDS = {"one file": "5GB", "shards": 30_000, "other shards": 20_000}
 
 
 @pytest.mark.parametrize("old", SIZES_OF_SHARDS)
@@ -352,6 +351,7 @@ def test_nothing_is_left_of_the_model_that_was_there(old, new, tmp_path):
 @pytest.mark.parametrize("new", SIZES_OF_SHARDS)
 def test_killed_at_any_rename_no_two_models_are_mixed(old, new, tmp_path, monkeypatch):
     """After each step of putting the new weights in place, in turn: the old model, the new one, or none."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     models = [new_model(seed=seed) for seed in (1, 2)]
     step = kinds = 0
     while True:

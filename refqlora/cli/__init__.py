@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from .options import Parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
     arguments = parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a download's would fill the log
 
     def warn(message: Warning | str, *_: Any) -> None:
         print(f"refqlora {arguments.command}: warning: {message}", file=sys.stderr)
