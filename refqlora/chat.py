@@ -88,7 +88,7 @@ class ChatTemplate:
 
         One text, if the template has {% generation %} marks, which then say what counts, or writes an answer the same
         whatever follows. Otherwise an answer is what the messages up to it have more than those before it with the
-        generation prompt: the words, and what the template ends them with, white space aside. If that is nothing, the
+        generation prompt: its words, and what the template ends them with, white space aside. If that is nothing, the
         last answer ends with `eos`. Some templates write an answer otherwise once more has been said, leaving out its
         thoughts: such an answer gets a text of its own, which ends with it, so that every answer is learnt as it
         will be when it is generated. What follows the last answer is left out, and an empty answer does not count.
@@ -96,9 +96,7 @@ class ChatTemplate:
         Raises ValueError if the assistant says nothing, if the template refuses the messages, and if it writes an
         answer otherwise than its generation prompt begins one.
         """
-        answers = [
-            i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
-        ]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
         if not answers:
             raise ValueError("expected something said by the assistant, found nothing")
         if self.marks:
@@ -108,20 +106,36 @@ class ChatTemplate:
             return (marked,)
         texts: list[Marked] = []
         for i in reversed(answers):
-            before, after = self.render(messages[:i], True), self.render(messages[: i + 1]).rstrip()
-            if not after.startswith(before) or after == before:
-                raise ValueError(f"messages[{i}]: {self.where}: {_difference(before, after)}")
-            if texts and texts[-1].text.startswith(after):
-                texts[-1] = Marked(texts[-1].text, ((len(before), len(after)), *texts[-1].spans))
+            before, text = self.render(messages[:i], True), self.render(messages[: i + 1])
+            end, rest = self._ending(messages[:i])
+            text = text.removesuffix(rest).rstrip()
+            if not text.startswith(before) or text == before:
+                raise ValueError(f"messages[{i}]: {self.where}: {_difference(before, text)}")
+            if texts and texts[-1].text.startswith(text):
+                texts[-1] = Marked(texts[-1].text, ((len(before), len(text)), *texts[-1].spans))
             else:
-                text = after if self.end(messages[:i]) else after + self.eos
+                text += "" if end or text.endswith(self.eos) else self.eos
                 texts.append(Marked(text, ((len(before), len(text)),)))
         return tuple(reversed(texts))
 
     def end(self, messages: Sequence[Message]) -> str:
         """What the template writes after an answer to `messages`, white space aside: "<|im_end|>", or nothing."""
+        return self._ending(messages)[0]
+
+    def _ending(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What ends an answer to `messages`, and what the template writes after that if nothing follows.
+
+        The end is what there is after the last answer and after one before a question: some templates end the last
+        with the end of the whole text too.
+        """
         probe = "4f1c9d"
-        return self.render([*messages, {"role": "assistant", "content": probe}]).rpartition(probe)[2].strip()
+        talk = [*messages, {"role": "assistant", "content": probe}]
+        last = self.render(talk).rpartition(probe)[2]
+        other = self.render([*talk, {"role": "user", "content": "?"}]).rpartition(probe)[2]
+        n = _shared(last, other)
+        for token in filter(None, self.tokens.values()):  # of which no part is shared: "<" of "</s>" and "<|user|>"
+            n = min([k for k in range(max(0, n - len(token) + 1), n) if last.startswith(token, k)], default=n)
+        return (last[:n].strip(), last[n:]) if last[:n].strip() else ("", "")
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False, marking: bool = False) -> str:
         variables = {"tools": None, "documents": None, **self.tokens}
@@ -141,12 +155,17 @@ def _difference(before: str, after: str) -> str:
     """How an answer's text fails to go on from the text with the generation prompt."""
     if after == before:
         return "the chat template leaves this answer out"
-    n = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    n = _shared(before, after)
     return (
         f"the chat template begins this answer with {after[n : n + 20]!r} where its generation prompt has "
         f"{before[n : n + 20]!r}: what the assistant says cannot be told from the rest, unless the template marks it "
         "with {% generation %}"
     )
+
+
+def _shared(a: str, b: str) -> int:
+    """The number of characters with which both begin."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int | None) -> ChatTemplate:
