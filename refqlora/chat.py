@@ -67,7 +67,7 @@ class ChatTemplate:
     it is from, for errors. Raises ValueError for a template that cannot be compiled.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str], eos: str = "", where: str = "the chat template") -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str], eos: str = "", where: str = "messages") -> None:
         self.tokens, self.eos, self.where = dict(tokens), eos, where
         self.marks = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         try:

@@ -305,7 +305,7 @@ BAD = [
     (GENERATE + "--top-k -1", "--top-k: must be a whole number of 0 or more, not -1"),
     (GENERATE + "--max-new-tokens 0", "--max-new-tokens: must be a whole number of 1 or more, not 0"),
     (GENERATE + "--prompt=", "the prompt holds no token"),
-    (GENERATE + "--prompt \udcff", "the prompt is not UTF-8 text"),
+    (GENERATE + "--prompt \udcff", "the text is not UTF-8"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
     ("demo --steps 0", "--steps: must be a whole number of 1 or more, not 0"),
     ("demo --out text.txt", "File exists: 'text.txt'"),

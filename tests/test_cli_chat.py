@@ -263,6 +263,7 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
         (["/"], "no command /: /help lists them"),
         (["/adapter"], "/adapter NAME or /adapter off"),
         (["/adapter c"], "no adapter 'c'; there are: none"),
+        (["Hi \udcff"], "the text is not UTF-8"),
         (["word " * 300], r"the conversation's \d+ tokens fill the model's context of 256"),
     ],
 )
@@ -279,7 +280,7 @@ def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypa
         ("--prompt sacks --system kind", "--system goes with --chat"),
         ("--prompt sacks --stop=", "a stop string must hold a character"),
         ("--chat --stop=", "a stop string must hold a character"),
-        ("--chat --system \udcff", "the prompt is not UTF-8 text"),
+        ("--chat --system \udcff", "the text is not UTF-8"),
         ("--prompt sacks --min-p 2", "min_p must be 0 to 1, not 2.0"),
         ("--prompt sacks --repetition-penalty 0", "repetition_penalty must be a positive number, not 0.0"),
         ("--prompt sacks --adapter a --adapter missing", "missing/adapter_config.json: no such file"),

@@ -45,7 +45,7 @@ class Conversation:
     def say(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` in pieces. What was given of it when it ends, or is interrupted or closed, is what
         the assistant has said; if that is nothing, `text` was not said either."""
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked = [*self.messages, {"role": "user", "content": check_text(text)}]
         prompt = self.tokenizer.encode(self.template.render(asked, True), add_special_tokens=False).ids
         if len(prompt) >= (context := self.model.config.max_positions):
             raise ValueError(f"the conversation's {len(prompt)} tokens fill the model's context of {context}")
@@ -70,6 +70,13 @@ class Conversation:
             return [], []
         first = self.tokenizer.encode(end, add_special_tokens=False).ids[0]
         return ([first], []) if first in self.tokenizer.get_added_tokens_decoder() else ([], [end])
+
+
+def check_text(text: str) -> str:
+    """`text` itself; ValueError if it has Python's stand-ins for bytes that are no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text is not UTF-8")
+    return text
 
 
 def converse(conversation: Conversation) -> None:

@@ -12,7 +12,7 @@ from ..checkpoint import BUNDLED
 from ..data import load_tokenizer
 from ..generation import read_generation_config, stream
 from ..model import Model
-from .chat import Conversation, converse
+from .chat import Conversation, check_text, converse
 from .options import command, count, natural
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -74,9 +74,6 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    texts = [a.prompt, a.system, *(a.stop or [])]
-    if any("\ud800" <= character <= "\udfff" for text in texts if text for character in text):
-        raise ValueError("the prompt is not UTF-8 text")  # they are Python's stand-ins for bytes that are no text
     if a.system is not None and not a.chat:
         raise ValueError("--system goes with --chat")
     model = Model.from_pretrained(a.model, quantize=None if a.no_quantize else "nf4")
@@ -84,7 +81,7 @@ def run(a: argparse.Namespace) -> None:
     for name, directory in adapter_names(a.adapter or []).items():
         model.load_adapter(directory, name)
     eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, tuple) else (model.config.eos_token_id,)
-    stop_strings = [text.replace("\\n", "\n") for text in a.stop or []]
+    stop_strings = [check_text(text).replace("\\n", "\n") for text in a.stop or []]
     given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}
     options = {
         "max_new_tokens": model.config.max_positions if a.chat else 100,
@@ -98,9 +95,10 @@ def run(a: argparse.Namespace) -> None:
     options["stop"] = (*options["stop"], *(special[text] for text in stop_strings if text in special))
     if a.chat:
         template = load_chat_template(a.model, tokenizer, eos[0] if eos else None)
-        converse(Conversation(model, tokenizer, template, a.system, options))
+        system = None if a.system is None else check_text(a.system)
+        converse(Conversation(model, tokenizer, template, system, options))
         return
-    prompt = sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n")
+    prompt = check_text(sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n"))
     for name in list(model.adapters) or [None]:
         model.set_adapter(name)
         pieces = stream(model, tokenizer, prompt, **options)
