@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import tiny
 from chat_templates import CHATML, GENERATION, MISTRAL, PHI3
+from tokenizers import processors
 
 import refqlora as rq
 from refqlora import cli
 from refqlora.chat import load_chat_template
 from refqlora.cli import generate
-from refqlora.cli.chat import Conversation
+from refqlora.cli.chat import Conversation, converse
 from refqlora.data import load_tokenizer
 from refqlora.generation import complete
 from refqlora.sampling import Sampling
@@ -34,6 +35,8 @@ def speaking(path, chat_template=None, seed=0, max_positions=256, **files):
     tokenizer = tiny.tokenizer()
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.add_special_tokens(SPECIAL)
+    begin = [("<|endoftext|>", 0)]  # put before a text, but not before a template's
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=begin)
     model = rq.Model.from_config(tiny.config(vocab_size=305, max_positions=max_positions), seed)
     for p in model.params.values():
         if p.ndim == 2:
@@ -254,6 +257,8 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
     argv = ["--model", "chatml", "--max-new-tokens", 20, "--temperature", 1.5]
     runs = [talk(monkeypatch, capsys, ["Hi", "/reset", "Hi"], *argv, "--seed", seed) for seed in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
+    first, second = (answer.strip() for answer in runs[0].split("The conversation begins anew.\n"))
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -313,9 +318,9 @@ def test_an_answer_ends_where_the_template_ends_it(source, end, as_text, tmp_pat
         None,
         {"stop": (0,), "stop_strings": [], "seed": 0},
     )
-    words = tokenizer.encode(" Two sacks.").ids
-    ids = [*words, *tokenizer.encode(end).ids, *tokenizer.encode("\nNo more.").ids]
-    assert (len(tokenizer.encode(end).ids) > 1) == as_text
+    words = tokenizer.encode(" Two sacks.", add_special_tokens=False).ids
+    ids = [*words, *tokenizer.encode(end, add_special_tokens=False).ids, *tokenizer.encode("\nNo more.").ids]
+    assert (len(tokenizer.encode(end).ids) > 2) == as_text
 
     def speak(model, prompt, stop, **options):
         for token in ids:
@@ -337,7 +342,10 @@ def test_the_cache_serves_from_turn_to_turn(place, monkeypatch):
         None,
         {"stop": (0,), "stop_strings": [], "seed": 0, "max_new_tokens": 60},
     )
-    words = [*tokenizer.encode("Two sacks,\nand Zoë's 🐟.").ids, tokenizer.token_to_id("<|im_end|>")]
+    words = [
+        *tokenizer.encode("Two sacks,\nand Zoë's 🐟.", add_special_tokens=False).ids,
+        tokenizer.token_to_id("<|im_end|>"),
+    ]
     left = []
     monkeypatch.setattr(Sampling, "draw", lambda *a: left.pop(0))
     read, forward = [], model.forward
@@ -348,7 +356,7 @@ def test_the_cache_serves_from_turn_to_turn(place, monkeypatch):
         assert "".join(conversation.say(turn)) == "Two sacks,\nand Zoë's 🐟."
         new = f"<|im_end|>\n<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
         new = new if i else new.removeprefix("<|im_end|>\n")
-        assert read == [len(tokenizer.encode(new).ids)] + [1] * (len(words) - 1)
+        assert read == [len(tokenizer.encode(new, add_special_tokens=False).ids)] + [1] * (len(words) - 1)
 
 
 def test_an_answer_that_is_broken_off_was_said_so_far(place):
@@ -368,6 +376,26 @@ def test_an_answer_that_is_broken_off_was_said_so_far(place):
 
 
 # ---- a conversation at a terminal ----
+
+
+def test_ctrl_c_at_the_prompt_begins_a_new_line(place, monkeypatch, capsys):
+    """Given here as Python gives it: readline may miss a signal in the moment before it waits for a key."""
+    model, tokenizer = model_of("chatml")
+    conversation = Conversation(model, tokenizer, load_chat_template("chatml", tokenizer, 0), None, {})
+    typed = iter([KeyboardInterrupt, "/nonsense", KeyboardInterrupt, "/adapters", EOFError, "never read"])
+
+    def read(prompt):
+        print(prompt, end="")
+        if isinstance(line := next(typed), str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    converse(conversation)
+    out = "/help lists the commands, Ctrl-D leaves.\n> \n> no command /nonsense: /help lists them\n> \n> * off\n> \n"
+    assert capsys.readouterr().out == out
 
 
 class Terminal:
@@ -423,10 +451,6 @@ def test_a_person_at_a_terminal(place):
         terminal.type("\x03")
         terminal.type("/adapters\n")  # waits for the answer to end
         terminal.until(r"  a\n\* off\n> ")
-        terminal.type("half a line")
-        terminal.until("half a line")
-        terminal.type("\x03")
-        terminal.until(r"\n> ")
         terminal.type("/reset\n")
         terminal.until(r"anew\.\n> ")
         terminal.type("\x04")

@@ -71,6 +71,12 @@ def test_the_fewest_that_reach_top_p():
         assert set(np.flatnonzero(p)) == expected
 
 
+def test_one_token_always_stays():
+    for top_p in (1e-9, 1e-300):  # 1 less the second is 1
+        p = Sampling(temperature=1.0, top_p=top_p, min_p=1.0).probabilities(LOGITS)
+        assert p[LOGITS.argmax()] == 1
+
+
 def chi_square(counts, p):
     """In standard deviations from its mean; infinite if something impossible was drawn."""
     if counts[p == 0].any():

@@ -26,7 +26,7 @@ class Conversation:
     """What was said so far, and a model to answer.
 
     `options` are those of `stream`; an answer ends at the model's end tokens, at what the template ends answers with,
-    at the stop strings, at max_new_tokens and at the end of the context. `seed` moves on with each answer.
+    at the stop strings, at max_new_tokens and at the end of the context. `seed` is one more for each turn.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Conversation:
         self.options = options
         self.first = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self.first)
+        self.turns = 0
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -50,7 +51,8 @@ class Conversation:
         if len(prompt) >= (context := self.model.config.max_positions):
             raise ValueError(f"the conversation's {len(prompt)} tokens fill the model's context of {context}")
         ends, end_strings = self._ends(asked)
-        options = {**self.options, "seed": self.options["seed"] + len(self.messages)}
+        options = {**self.options, "seed": self.options["seed"] + self.turns}
+        self.turns += 1
         options["stop"] = (*options["stop"], *ends)
         options["stop_strings"] = (*options["stop_strings"], *end_strings)
         answer = ""
