@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from .chat import ROLES, ChatTemplate, Marked
 from .functional import IGNORE
 from .hub import model_directory
 
 PAD = 0  # any token will do: it stands right of all that counts, where causal attention cannot see it
-ROLES = ("system", "user", "assistant")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -42,9 +42,9 @@ class Example(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """(role, content) in order, the role one of `ROLES`; only what the assistant says counts in the loss."""
+    """Messages as a chat template writes them, most often in one text; the marked parts count in the loss."""
 
-    messages: tuple[tuple[str, str], ...]
+    texts: tuple[Marked, ...]
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -75,18 +75,18 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def read_jsonl(path: str | Path) -> list[Example | Conversation]:
+def read_jsonl(path: str | Path, template: ChatTemplate) -> list[Example | Conversation]:
     """One example a line, blank lines aside.
 
     {"prompt": str, "completion": str} or {"messages": [{"role": str, "content": str}, ...]}, and no other
-    keys. Raises ValueError with file and line number for any other line, an empty completion, an unknown role
-    and a conversation in which the assistant says nothing.
+    keys; `template` writes the messages. Raises ValueError with file and line number for any other line, an empty
+    completion, an unknown role, a conversation in which the assistant says nothing or that the template refuses.
     """
     examples = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                examples.append(_parse_example(line.decode("utf-8")))
+                examples.append(_parse_example(line.decode("utf-8"), template))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
@@ -94,7 +94,7 @@ def read_jsonl(path: str | Path) -> list[Example | Conversation]:
     return examples
 
 
-def _parse_example(line: str) -> Example | Conversation:
+def _parse_example(line: str, template: ChatTemplate) -> Example | Conversation:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -110,10 +110,7 @@ def _parse_example(line: str) -> Example | Conversation:
         _expect_fields(message, f"messages[{i}]", role=str, content=str)
         if message["role"] not in ROLES:
             raise ValueError(f"messages[{i}]: expected a role of {ROLES}, found {message['role']!r}")
-    messages = tuple((message["role"], message["content"]) for message in value["messages"])
-    if not any(role == "assistant" and content for role, content in messages):
-        raise ValueError("expected something said by the assistant, found nothing")
-    return Conversation(messages)
+    return Conversation(template.examples(value["messages"]))
 
 
 def _expect_fields(value: object, where: str, **types: type) -> None:
@@ -310,41 +307,33 @@ def pack_split(
 def tokenize_examples(
     examples: list[Example | Conversation], tokenizer: Tokenizer, max_length: int, eos_id: int
 ) -> Dataset:
-    """One sequence an example: prompt, completion, `eos_id`; the labels of completion and `eos_id` count.
+    """One sequence an example, and one a text of a conversation, most often one too.
 
-    Prompt and completion are tokenized each alone, so that the model meets the prompt as it will when it
-    generates; special tokens that the tokenizer puts before a text come before the prompt only. A message is
-    written "role: content\\n": "assistant:" ends the prompt, " content" is the completion; messages after the
-    assistant's last are dropped. More than `max_length` tokens lose their beginning, so that the last
-    completion stays whole; a completion too long by itself loses its end. ValueError if there is no example.
+    An example is prompt, completion, `eos_id`; the labels of completion and `eos_id` count. Prompt and completion are
+    tokenized each alone, so that the model meets the prompt as it will when it generates; special tokens that the
+    tokenizer puts before a text come before the prompt only. A conversation's text is tokenized whole, with the
+    special tokens that are in it and no others; a token counts if any of its characters does, and what follows the
+    last that counts is dropped. More than `max_length` tokens lose their beginning, so that the last completion or
+    answer stays whole; one too long by itself loses its end. ValueError if there is no example.
     """
     if not examples:
         raise ValueError("no example to tokenize")
     all_tokens, all_labels, truncated = [], [], 0
     for example in examples:
-        ids, labels = [], []
-        for text, counts in _parts(example):
-            part = tokenizer.encode(text, add_special_tokens=not ids).ids + [eos_id] * counts
-            ids += part
-            labels += part if counts else [IGNORE] * len(part)
-        excess = max(0, len(ids) - 1 - max_length)  # the last is a label only: the model does not read it
-        start = min(excess, len(ids) - len(part))
-        window = slice(start, start + max_length + 1)
-        all_tokens.append(np.array(ids[window][:-1], np.int32))
-        all_labels.append(np.array(labels[window][1:], np.int32))
-        truncated += excess > 0
+        for part in [example] if isinstance(example, Example) else example.texts:
+            ids, counts = part.tokenize(tokenizer) if isinstance(part, Marked) else _tokenize(part, tokenizer, eos_id)
+            excess = max(0, len(ids) - 1 - max_length)  # the last is a label only: the model does not read it
+            answer = len(ids) - counts[::-1].index(False) if False in counts else 0  # where the last one begins
+            window = slice(min(excess, answer), min(excess, answer) + max_length + 1)
+            labels = [token if count else IGNORE for token, count in zip(ids, counts, strict=True)]
+            all_tokens.append(np.array(ids[window][:-1], np.int32))
+            all_labels.append(np.array(labels[window][1:], np.int32))
+            truncated += excess > 0
     return Dataset(all_tokens, all_labels, token_bytes(tokenizer), truncated)
 
 
-def _parts(example: Example | Conversation) -> list[tuple[str, bool]]:
-    """The texts to tokenize each alone, with whether they count; the last does."""
-    if isinstance(example, Example):
-        return [(example.prompt, False), (example.completion, True)]
-    parts, context = [], ""
-    for role, content in example.messages:
-        if role == "assistant" and content:
-            parts += [(context + "assistant:", False), (" " + content, True)]
-            context = "\n"
-        else:
-            context += f"{role}: {content}\n"
-    return parts
+def _tokenize(example: Example, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[bool]]:
+    """The tokens, and which of them count; the last does."""
+    prompt = tokenizer.encode(example.prompt).ids
+    completion = [*tokenizer.encode(example.completion, add_special_tokens=not prompt).ids, eos_id]
+    return prompt + completion, [False] * len(prompt) + [True] * len(completion)

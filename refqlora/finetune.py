@@ -9,6 +9,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from .backend import keep_freed_memory
+from .chat import ChatTemplate, load_chat_template
 from .checkpoint import BUNDLED
 from .data import Dataset, load_tokenizer, pack_split, read_jsonl, read_texts, split, tokenize_examples
 from .figures import loss_figure
@@ -19,14 +20,14 @@ from .training import TrainingConfig, evaluate, train
 
 
 def read_dataset(
-    path: Path, tokenizer: Tokenizer, eos_id: int, max_length: int, held_out: float, seed: int
+    path: Path, tokenizer: Tokenizer, template: ChatTemplate, eos_id: int, max_length: int, held_out: float, seed: int
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) from a .jsonl file of examples, or from a text file or directory cut into blocks."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
     if path.suffix == ".jsonl":
-        dataset = tokenize_examples(read_jsonl(path), tokenizer, max_length, eos_id)
-        return split(dataset, held_out, seed)
+        parts = split(read_jsonl(path, template), held_out, seed)
+        return tuple(tokenize_examples(part, tokenizer, max_length, eos_id) for part in parts)
     return pack_split(read_texts(path), tokenizer, max_length, eos_id, held_out, seed)
 
 
@@ -63,11 +64,10 @@ def finetune(
     max_length = max_length or model.config.max_positions
     if not 1 <= max_length <= model.config.max_positions:
         raise ValueError(f"max length must be 1 to {model.config.max_positions}, the model's context, not {max_length}")
-    train_set, eval_set = read_dataset(data, tokenizer, eos, max_length, held_out, seed)
-    if train_set.truncated:
-        console.print(
-            f"{train_set.truncated} examples are longer than {max_length} tokens and were cut", highlight=False
-        )
+    template = load_chat_template(directory, tokenizer, eos)
+    train_set, eval_set = read_dataset(data, tokenizer, template, eos, max_length, held_out, seed)
+    if truncated := train_set.truncated + eval_set.truncated:
+        console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
     model.add_adapter(**adapter, seed=seed)
     if quantize:
         model.quantize()

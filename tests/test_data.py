@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from refqlora import data
+from refqlora.chat import PLAIN, ChatTemplate, Marked
 from refqlora.data import Conversation, Dataset, Document, Example
 from refqlora.functional import IGNORE
 
@@ -42,6 +43,9 @@ LETTER = {letter: i for i, letter in enumerate("abcdefghij", start=2)}
 
 def ids(text):
     return [LETTER[letter] for letter in text]
+
+
+PLAINLY = ChatTemplate(PLAIN, {"eos_token": "<eos>"})
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -98,9 +102,10 @@ def test_read_jsonl_takes_both_kinds(tmp_path):
         '{"prompt": "", "completion": "a\u2028b \\ud83d\\ude00"}'.encode(),  # a line separator ends no line
         b"  \r",
     )
-    assert data.read_jsonl(path) == [
+    before = "system: \nuser: Hi\u2028\nassistant:"
+    assert data.read_jsonl(path, PLAINLY) == [
         Example("2 + 2 =", " 4"),
-        Conversation((("system", ""), ("user", "Hi\u2028"), ("assistant", "Hello"))),
+        Conversation((Marked(before + " Hello<eos>", ((len(before), len(before) + 11),)),)),
         Example("", "a\u2028b 😀"),
     ]
 
@@ -129,18 +134,29 @@ USER = {"role": "user", "content": "Hi"}
         ({"messages": [USER | {"role": "bot"}]}, r"messages\[0\]: expected a role of .*, found 'bot'"),
         ({"messages": [USER]}, "expected something said by the assistant, found nothing"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "expected something said by the assistant"),
+        ({"messages": [{"role": "assistant", "content": " \n"}]}, "expected something said by the assistant"),
         ({"messages": []}, "expected something said by the assistant, found nothing"),
     ],
 )
 def test_read_jsonl_names_the_line_at_fault(tmp_path, line, message):
     path = jsonl(tmp_path, {"prompt": "a", "completion": "b"}, b"", line)
     with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{message}"):
-        data.read_jsonl(path)
+        data.read_jsonl(path, PLAINLY)
+
+
+def test_read_jsonl_names_the_line_that_the_template_refuses(tmp_path):
+    source = "{{ raise_exception('No\n systems!') if messages[0].role == 'system' }}{{ messages[1].content }}"
+    template = ChatTemplate(source, {}, where="model/tokenizer_config.json")
+    turns = [{"role": "system", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
+    path = jsonl(tmp_path, {"prompt": "a", "completion": "b"}, {"messages": turns})
+    message = r"data\.jsonl:2: model/tokenizer_config\.json: the chat template refuses the messages: No systems!$"
+    with pytest.raises(ValueError, match=message):
+        data.read_jsonl(path, template)
 
 
 def test_read_jsonl_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"data\.jsonl: expected an example on each line, found none"):
-        data.read_jsonl(jsonl(tmp_path, b"", b" "))
+        data.read_jsonl(jsonl(tmp_path, b"", b" "), PLAINLY)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------
@@ -331,9 +347,13 @@ def test_what_is_too_long_is_cut(max_length, tokens, labels):
     assert dataset.truncated == (max_length < 6)
 
 
+def conversation(*turns, template=PLAINLY):
+    return Conversation(template.examples([{"role": role, "content": content} for role, content in turns]))
+
+
 def test_conversations_count_what_the_assistant_says():
     user, assistant, system = (LETTERS.token_to_id(f"{role}:") for role in ("user", "assistant", "system"))
-    messages = (
+    turns = (
         ("system", "a"),
         ("user", "b"),
         ("assistant", "c d"),
@@ -344,24 +364,38 @@ def test_conversations_count_what_the_assistant_says():
     stream = [system, *ids("a"), user, *ids("b"), assistant, *ids("cd"), EOS, user, *ids("e"), assistant]
     stream += [*ids("f"), EOS]
     counts = [*ids("cd"), EOS, *ids("f")]
-    dataset = data.tokenize_examples([Conversation(messages)], LETTERS, 100, EOS)
+    dataset = data.tokenize_examples([conversation(*turns)], LETTERS, 100, EOS)
     tokens, labels = sequence(dataset)
     assert tokens == stream[:-1]
     assert [label for label in labels if label != IGNORE] == [*counts, EOS]
     assert all(label in (IGNORE, following) for label, following in zip(labels, stream[1:], strict=True))
     assert labels[stream.index(assistant)] == LETTER["c"]
 
-    short = data.tokenize_examples([Conversation(messages)], LETTERS, 4, EOS)
+    short = data.tokenize_examples([conversation(*turns)], LETTERS, 4, EOS)
     assert sequence(short) == (stream[-5:-1], [IGNORE, IGNORE, *ids("f"), EOS])
     assert short.truncated == 1
+    shorter = data.tokenize_examples([conversation(*turns[:3])], LETTERS, 2, EOS)  # the answer loses its end
+    assert sequence(shorter) == (ids("cd"), [*ids("d"), EOS])
+    assert sequence(data.tokenize_examples([conversation(*turns[:3])], LETTERS, 1, EOS)) == (ids("c"), ids("d"))
 
 
 def test_conversations_are_written_role_content_and_newline():
-    messages = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))
-    dataset = data.tokenize_examples([Conversation(messages)], BPE, 1000, EOS)
+    turns = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))
+    template = ChatTemplate(PLAIN, {"eos_token": "<|endoftext|>"})
+    dataset = data.tokenize_examples([conversation(*turns, template=template)], BPE, 1000, EOS)
     tokens = [*dataset.tokens[0], dataset.labels[0][-1]]
     text = "user: Hi\nassistant: Hello<|endoftext|>\nuser: Bye\nassistant: Ciao<|endoftext|>"
     assert BPE.decode(tokens, skip_special_tokens=False) == text
+    counted = [label for label in dataset.labels[0] if label != IGNORE]
+    assert BPE.decode(counted, skip_special_tokens=False) == " Hello<|endoftext|> Ciao<|endoftext|>"
+
+
+def test_a_conversation_of_several_texts_is_as_many_sequences():
+    texts = (Marked("a b c", ((4, 5),)), Marked("d e f g", ((2, 3), (6, 7))))
+    dataset = data.tokenize_examples([Example("h", "i"), Conversation(texts)], LETTERS, 10, EOS)
+    assert len(dataset) == 3
+    assert sequence(dataset, 1) == (ids("ab"), [IGNORE, *ids("c")])
+    assert sequence(dataset, 2) == (ids("def"), [*ids("e"), IGNORE, *ids("g")])
 
 
 def test_no_example_is_an_error():

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import refqlora as rq
 from refqlora import adapters
 from refqlora import finetune as module
+from refqlora.chat import load_chat_template
 from refqlora.data import load_tokenizer
 from refqlora.files import read_json
 from refqlora.finetune import finetune, read_dataset
@@ -46,7 +47,8 @@ def go(data, out, base, **options):
 
 
 def sets(data, base, max_length=64):
-    return read_dataset(data, load_tokenizer(base), 0, max_length, 0.25, 0)
+    tokenizer = load_tokenizer(base)
+    return read_dataset(data, tokenizer, load_chat_template(base, tokenizer, 0), 0, max_length, 0.25, 0)
 
 
 @pytest.fixture(scope="module")

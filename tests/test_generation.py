@@ -1,4 +1,6 @@
-"""Sampling: greedy is the argmax of whole forwards, draws follow the softmax, and text comes out whole."""
+"""Generation: greedy is the argmax of whole forwards, with a cache or without, and text comes out whole."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,9 +8,10 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import refqlora as rq
+from refqlora import generation
 from refqlora.data import END_OF_TEXT
-from refqlora.generation import complete, generate, sample, stream
-from refqlora.kv_cache import KVCache
+from refqlora.generation import PrefixCache, complete, generate, generation_options, stream, until
+from refqlora.sampling import Sampling
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 PROMPT = [5, 9, 250, 31, 7]
@@ -83,48 +86,148 @@ def test_the_adapter_speaks_until_it_is_off(model):
     assert tokens(model) == base
 
 
-def kept_by_definition(p, top_k, top_p):
-    """The distribution that is sampled from, a token at a time from the most probable."""
-    kept, total, expected = 0, 0.0, np.zeros_like(p)
-    ranked = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or len(p)]
-    mass = sum(p[i] for i in ranked)
-    for i in ranked:
-        if kept and total >= top_p:
-            break
-        expected[i], total, kept = p[i], total + p[i] / mass, kept + 1
-    return expected / expected.sum()
+@pytest.mark.parametrize("options", [{"temperature": 0.7, "top_k": 20}, {"repetition_penalty": 1.5}])
+def test_each_token_is_drawn_given_all_before_it(unsure, options):
+    """The definition: a whole forward, the distribution given the whole text, one draw."""
+    rng, how, expected = np.random.default_rng(5), Sampling(**options), list(PROMPT)
+    for _ in range(30):
+        logits, _ = unsure.forward(np.array([expected]))
+        expected.append(how.draw(logits[0, -1], rng, expected))
+    assert tokens(unsure, max_new_tokens=30, seed=5, **options) == expected[len(PROMPT) :]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.6), (1000, 1.0), (0, 0.999)])
-def test_draws_follow_the_softmax(temperature, top_k, top_p):
-    """4000 draws: chi-square within 6 standard deviations of its mean, and nothing that was cut off."""
-    draws, rng = 4000, np.random.default_rng(0)
-    logits = np.random.default_rng(1).normal(0, 1.5, 20).astype(np.float32)
-    p = np.exp(logits.astype(np.float64) / temperature)
-    expected = kept_by_definition(p / p.sum(), top_k, top_p)
-    counts = np.bincount([sample(logits, temperature, top_k, top_p, rng) for _ in range(draws)], minlength=20)
-    assert counts[expected == 0].sum() == 0
-    possible = expected > 0
-    wanted = draws * expected[possible]
-    freedom = possible.sum() - 1
-    assert ((counts[possible] - wanted) ** 2 / wanted).sum() < freedom + 6 * (2 * freedom) ** 0.5
-    if (top_k, top_p) == (0, 1.0):  # the test can fail: at another temperature it does
-        other = p**0.5 / (p**0.5).sum()
-        assert ((counts - draws * other) ** 2 / (draws * other)).sum() > freedom + 6 * (2 * freedom) ** 0.5
+# ---- the prefix cache ----
 
 
-def test_the_fewest_that_reach_top_p():
-    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
-    for top_p, expected in [(0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 3, 2}), (1.0, {0, 1, 2, 3})]:
-        rng = np.random.default_rng(0)
-        assert {sample(logits, 1.0, 0, top_p, rng) for _ in range(300)} == expected
+class Counted(PrefixCache):
+    """A cache that notes how many positions the model read for each logits."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.read = []
+
+    def logits(self, tokens):
+        forward, positions = self.model.forward, []
+        self.model.forward = lambda t, **kw: positions.append(t.shape[1]) or forward(t, **kw)
+        try:
+            return super().logits(tokens)
+        finally:
+            del self.model.forward
+            self.read.append(sum(positions))
+
+
+def whole(model, tokens):
+    return model.forward(np.array([tokens]))[0][0, -1]
+
+
+def test_what_a_text_shares_with_the_last_is_not_read_again(unsure):
+    cache = Counted(unsure)
+    texts = [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 7, 8], [1, 2, 7], [1, 2, 7], [9], [9, 1, 2], [1, 9]]
+    for text in texts:
+        np.testing.assert_allclose(cache.logits(text), whole(unsure, text), rtol=0, atol=1e-12)
+        assert cache.tokens == text
+        assert cache.kv.length == len(text)
+    assert cache.read == [3, 1, 2, 2, 1, 1, 1, 2, 2]
+
+
+@pytest.fixture
+def adapted(unsure):
+    """With two adapters that say something else, none active."""
+    for seed, name in enumerate(("a", "b")):
+        unsure.add_adapter(name, rank=4, seed=seed)
+        for p in unsure.trainable().values():
+            p += np.random.default_rng(seed).normal(0, 0.05, p.shape)
+    unsure.set_adapter(None)
+    return unsure
+
+
+def test_keys_of_another_adapter_are_not_used(adapted):
+    cache, text = Counted(adapted), [1, 2, 3, 4, 5]
+    found = {}
+    for name in ("a", None, "b", "b", None, "a"):
+        adapted.set_adapter(name)
+        found[name] = cache.logits(text)
+        np.testing.assert_allclose(found[name], whole(adapted, text), rtol=0, atol=1e-12)
+    assert cache.read == [5, 5, 5, 1, 5, 5]
+    assert all(abs(found[name] - found[None]).max() > 0.1 for name in ("a", "b"))
+
+
+def test_an_adapter_loaded_anew_under_its_old_name_is_another(adapted):
+    cache, text = PrefixCache(adapted), [1, 2, 3, 4, 5]
+    adapted.set_adapter("a")
+    cache.logits(text)
+    del adapted.adapters["a"]
+    adapted.add_adapter("a", rank=2)
+    np.testing.assert_allclose(cache.logits(text), whole(adapted, text), rtol=0, atol=1e-12)
+
+
+def test_the_adapter_may_change_while_it_speaks(adapted):
+    adapted.set_adapter("a")
+    expected = list(PROMPT)
+    for name in [*"aaa", None, None, *"bbb"]:
+        adapted.set_adapter(name)
+        expected.append(int(whole(adapted, expected).argmax()))
+    adapted.set_adapter("a")
+    found, names = [], iter([*"aa", None, None, *"bbb", None])
+    for token in generate(adapted, PROMPT, max_new_tokens=8):
+        found.append(token)
+        adapted.set_adapter(next(names))
+    assert found == expected[len(PROMPT) :]
+
+
+def test_a_stale_cache_would_be_seen(adapted):
+    """The tests above can fail: with the other adapter's keys the logits are far off."""
+    cache, text = PrefixCache(adapted), [1, 2, 3, 4, 5]
+    adapted.set_adapter("a")
+    cache.logits(text)
+    adapted.set_adapter("b")
+    cache.adapter = adapted.adapters["b"]  # as if it had not changed
+    assert abs(cache.logits(text) - whole(adapted, text)).max() > 0.1
+
+
+def test_an_interrupted_forward_leaves_the_cache_right(unsure, monkeypatch):
+    """Ctrl-C may come in any layer, when some have stored new positions and others have not."""
+    cache = PrefixCache(unsure)
+    cache.logits([1, 2, 3])
+    for layer in range(unsure.config.layers):
+        for when in ("before", "after"):
+            extend = cache.kv.extend
+
+            def interrupted(i, k, v, extend=extend, layer=layer, when=when):
+                if when == "after":
+                    extend(i, k, v)
+                if i == layer:
+                    raise KeyboardInterrupt
+                return extend(i, k, v)
+
+            monkeypatch.setattr(cache.kv, "extend", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.logits([1, 2, 9, 9, 9, 9])
+            monkeypatch.undo()
+            for text in ([1, 2, 3, 4], [1, 2, 5]):
+                np.testing.assert_allclose(cache.logits(text), whole(unsure, text), rtol=0, atol=1e-12)
+
+
+def test_a_long_prompt_is_read_in_pieces(unsure, monkeypatch):
+    text = list(range(1, 50))
+    expected = whole(unsure, text)
+    monkeypatch.setattr(generation, "AT_ONCE", 7)
+    cache = Counted(unsure)
+    seen, forward = [], unsure.forward
+    monkeypatch.setattr(unsure, "forward", lambda t, **kw: seen.append(t.shape[1]) or forward(t, **kw), raising=False)
+    np.testing.assert_allclose(PrefixCache(unsure).logits(text), expected, rtol=0, atol=1e-12)
+    assert seen == [7] * 7
+    del cache
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_huge_logits_overflow_nothing(temperature):
-    logits = np.array([-3e38, 3e38, 0.0], np.float32)
-    assert sample(logits.astype(np.float64), temperature, 0, 1.0, np.random.default_rng(0)) == 1
+def test_a_shared_cache_changes_no_token(unsure, temperature):
+    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 4}
+    cache, prompt = PrefixCache(unsure), list(PROMPT)
+    for _ in range(3):  # turns of a conversation, each with the answer before
+        answer = tokens(unsure, prompt, **options)
+        assert tokens(unsure, prompt, cache=cache, **options) == answer
+        prompt += [*answer[:8], 7, 7]
 
 
 # ---- where it ends ----
@@ -155,25 +258,12 @@ def test_it_ends_where_the_context_ends(model):
         ([-1], {}, "token -1 is outside"),
         (PROMPT, {"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
         (PROMPT, {"temperature": float("nan")}, "temperature must be 0 or more, not nan"),
-        (PROMPT, {"top_k": -1}, "top_k must be 0 or more .*-1"),
-        (PROMPT, {"top_p": 0.0}, r"top_p in \(0, 1\]"),
-        (PROMPT, {"top_p": 1.1}, r"top_p in \(0, 1\]"),
-        (PROMPT, {"top_p": float("nan")}, r"top_p in \(0, 1\]"),
+        (PROMPT, {"top_k": -1}, "top_k must be a whole number of 0 or more, not -1"),
     ],
 )
 def test_what_cannot_be_generated_from_is_refused(model, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         tokens(model, prompt, **options)
-
-
-def test_the_cache_says_when_it_is_full():
-    kv = KVCache(tiny.config(), 1, 3)
-    k = np.ones((1, 2, 3, 8), np.float32)
-    keys, values = kv.extend(0, k, 2 * k)
-    assert keys.shape == values.shape == (1, 2, 3, 8)
-    kv.length = 2
-    with pytest.raises(ValueError, match="the cache holds 3 positions, 4 were asked for"):
-        kv.extend(0, k, k)
 
 
 # ---- text ----
@@ -250,3 +340,124 @@ def test_a_sentencepiece_word_keeps_its_space(monkeypatch):
     assert tokenizer.decode([2, 4, 5, 1, 3]) == "sacksë twos"  # by itself it has lost its space
     assert list(stream(None, tokenizer, "two")) == [" sacks", "ë", " two", "s", ""]
     assert complete(None, tokenizer, "two") == " sacksë twos"
+
+
+def test_a_prompt_may_be_tokens():
+    tokenizer, model = tiny.tokenizer(), rq.Model.from_config(tiny.config(), 2)
+    ids = tokenizer.encode("The mill").ids
+    assert complete(model, tokenizer, ids, max_new_tokens=9) == complete(model, tokenizer, "The mill", max_new_tokens=9)
+
+
+# ---- stop strings ----
+
+
+def pieces_of(text, n):
+    """Every way to cut a text into pieces, for a short one; else pieces of up to n characters."""
+    if not text:
+        return [[]]
+    return [[text[:i], *rest] for i in range(1, min(n, len(text)) + 1) for rest in pieces_of(text[i:], n)]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("abcabd", ["abd"], "abc"),
+        ("aaab", ["aab"], "a"),
+        ("abcdef", ["cd", "abcdef"], "ab"),  # the first that is complete
+        ("xabcd", ["bcd", "abcd"], "x"),  # of two at once the longer
+        ("abab", ["abc"], "abab"),  # begun only
+        ("abc", ["abc"], ""),
+        ("user:\n", ["\n\n", "r:\n\n"], "user:\n"),
+        ("a🐟🐟b", ["🐟b"], "a🐟"),
+        ("abc", [], "abc"),
+    ],
+)
+def test_nothing_of_a_stop_string_is_given_however_the_text_is_cut(text, stops, expected):
+    for pieces in pieces_of(text, 6):
+        given = ""
+        for piece in until(iter(pieces), stops):
+            given += piece
+            assert expected.startswith(given)
+        assert given == expected
+
+
+def test_text_is_given_as_soon_as_it_can_be():
+    for text in ("abcd", "x\n\ny"):
+        for n in range(1, len(text)):
+            stops = [text[:n] + "?"]
+            given = list(until(iter(text), stops))
+            assert "".join(given) == text
+            assert given[n:] == [text[: n + 1], *text[n + 1 :]]  # held back while it was the stop string's begin
+
+
+@pytest.mark.parametrize("stop", ["🐟 of", "e", " sacks", "ë w", "🐟", "\n", "→"])
+def test_stop_strings_across_tokens(stop, monkeypatch):
+    """A token for each byte, so that both characters and stop strings are broken over tokens."""
+    tokenizer = tiny.tokenizer()
+    text = "Zoë went → the 🐟 of two sacks\nand"
+    ids = bytes_as_tokens(tokenizer, text.encode())
+    taken = []
+    monkeypatch.setattr(generation, "generate", lambda m, p, **options: (taken.append(t) or t for t in ids))
+    pieces = list(stream(None, tokenizer, "The mill", stop_strings=["nothing", stop]))
+    assert "".join(pieces) == text[: text.index(stop)]
+    assert UNKNOWN not in "".join(pieces)
+    assert len(taken) == len((text[: text.index(stop)] + stop).encode())  # and it stops at once
+
+
+def test_a_stop_string_in_the_prompt_stops_nothing(model):
+    tokenizer = tiny.tokenizer()
+    free = complete(model, tokenizer, "The mill", max_new_tokens=20)
+    assert complete(model, tokenizer, "The mill", max_new_tokens=20, stop_strings=["The mill"]) == free
+    assert (
+        complete(model, tokenizer, "The mill", max_new_tokens=20, stop_strings=[free[8:10]])
+        == free[: free.index(free[8:10])]
+    )
+
+
+def test_a_stop_string_of_nothing_is_refused(model):
+    with pytest.raises(ValueError, match="a stop string must hold a character"):
+        stream(model, tiny.tokenizer(), "The mill", stop_strings=["a", ""])
+
+
+# ---- generation_config.json ----
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, {"temperature": 0.0}),
+        ({}, {"temperature": 0.0}),
+        ({"eos_token_id": 3, "temperature": 0.6, "top_k": None}, {"temperature": 0.0, "stop": (3,)}),
+        ({"eos_token_id": [3, 0], "do_sample": False}, {"temperature": 0.0, "stop": (3, 0)}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.1, "max_length": 4096},
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.1},
+        ),
+        ({"repetition_penalty": 1.1, "pad_token_id": 0}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+    ],
+)
+def test_the_model_s_own_options(content, expected, tmp_path):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert generation_options(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected a JSON object, found list"),
+        ({"eos_token_id": "</s>"}, 'eos_token_id must be a token or a list of tokens, not "</s>"'),
+        ({"eos_token_id": [1, None]}, r"eos_token_id must be a token or a list of tokens, not \[1, null\]"),
+        ({"do_sample": "yes"}, 'do_sample must be true or false, not "yes"'),
+        ({"temperature": True}, "temperature must be a number of 0 or more, not true"),
+        ({"do_sample": True, "temperature": -1}, "temperature must be a number of 0 or more, not -1"),
+        ({"top_k": 1.5}, "top_k must be a whole number"),
+        ({"top_p": "0.9"}, 'top_p must be a number from 0 to 1, not "0.9"'),
+        ({"top_p": 9}, "top_p must be a number from 0 to 1, not 9"),
+    ],
+)
+def test_what_is_wrong_in_it_is_told_with_the_file(content, message, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
+        generation_options(tmp_path)

@@ -22,7 +22,8 @@ def add(commands: Any) -> None:
         run,
         "train an adapter on your own text",
         "DATA is a .jsonl file with a prompt and a completion, or with messages, on each line, the loss on the "
-        "completion or the assistant's words only; or a text file, or a directory of them, whose every token counts.",
+        "completion or the assistant's words only; or a text file, or a directory of them, whose every token counts. "
+        'The tokenizer\'s chat template writes the messages, or without one each is a line "role: content".',
     )
     options.add_argument("--data", type=Path, required=True, help="a .jsonl file, a text file or a directory of texts")
     model(options)
