@@ -9,16 +9,17 @@ from importlib.metadata import version
 
 import numpy as np
 
-from . import demo, finetune, generate, pretrain
+from . import demo, finetune, generate, parity, pretrain
 from .options import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run one command; -> the exit code: 0, or what the command says (parity: 1), 2 for bad input (one line on stderr),
+    130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         print(f"refqlora {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -26,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command with --resume goes on from the last checkpoint" if "resume" in arguments else ""
         print(f"\nrefqlora {arguments.command}: interrupted{hint}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +34,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, pretrain):
+    for module in (demo, finetune, generate, parity, pretrain):
         module.add(commands)
     return top

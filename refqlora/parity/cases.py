@@ -31,6 +31,8 @@ def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """{name: tensor}, float32 but where the name says otherwise."""
     normal = rng.standard_normal((300, 32)).astype(np.float32)
     tensors = {
+        "ties nf4": ties(NF4),
+        "ties fp4": ties(FP4),
         "ordinary": normal[:31, :31].copy(),  # odd, rows across blocks, a last block that is not full
         "one": np.float32([0.3]),
         "odd": normal.reshape(-1)[:65].copy(),
@@ -38,8 +40,6 @@ def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "three dimensions": normal.reshape(-1)[: 3 * 5 * 7].reshape(3, 5, 7).copy(),
         "float16": normal[:9, :23].astype(np.float16),
         "bfloat16": normal[:9, :23].astype(ml_dtypes.bfloat16),
-        "ties nf4": ties(NF4),
-        "ties fp4": ties(FP4),
         "rounding": np.concatenate([reciprocal_matters(rng, n) for n in (64, 64, 64, 64, 63)]),
         "zeros": np.zeros((3, 40), np.float32),
     }
@@ -93,18 +93,23 @@ def random_cases(rng: np.random.Generator, size: int) -> Iterator[tuple[Case, np
         done, number = done + w.size, number + 1
 
 
-def constants(rng: np.random.Generator, blocks: int = 300) -> dict[str, np.ndarray]:
-    """Vectors to quantise a second time, float32 (blocks,): as absmax of weights is, and awkward ones."""
+def constants(rng: np.random.Generator, blocks: int = 1000) -> dict[str, np.ndarray]:
+    """Vectors to quantise a second time, float32 (blocks,): as absmax of weights is, and awkward ones, negative too."""
     ordinary = np.abs(rng.standard_normal((blocks, 64)) * 0.02).max(axis=1).astype(np.float32)
-    near = np.concatenate([[-1, 1], np.nextafter((DYNAMIC[1:] + DYNAMIC[:-1]) / 2, np.float32(2))[34:221]])
+    middle = (DYNAMIC[128:] + DYNAMIC[127:-1]) / 2  # (128,): of 0 and the positive values
+    ties = np.stack([middle[:127], -middle[:127]], axis=1).reshape(-1)  # their mean is 0
+    ties = np.concatenate([[1, -1], ties]).astype(np.float32)  # one block
     one = ordinary[:3].copy()
     one[0] = 40.0
+    mean = np.full(300, 2, np.float32)  # their mean to the bit, and of the second block all
+    mean[:256:2] += np.tile([0.5, -0.5, 0.3, -0.3], 32).astype(np.float32)
     return {
         "ordinary": ordinary,
         "one block": ordinary[:1].copy(),
         "zeros": np.zeros(5, np.float32),
         "outlier": one,
-        "near thresholds": near.astype(np.float32) + np.float32(2),
+        "equal to the mean": mean,
+        "ties": np.concatenate([ties, ties * np.float32(0.7), ties[:-2]]),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..files import read_metadata, read_tensors
 from . import decoders, exchange, quantization
-from .differences import Outcome
+from .differences import Outcome, in_one_line
 from .settings import ADAPTERS, ARCHITECTURES
 
 VECTORS = Path(__file__).parent / "vectors.safetensors"  # quantisation and LoRA: README.md says what each tensor is
@@ -27,6 +27,7 @@ INSTALL = "pip install 'refqlora[parity]'"
 
 Observed = dict[str, np.ndarray]
 BITS = 0.0  # the bound where every bit must agree
+BOUND = 1e-5  # of float32 results, relative to a tensor's largest element
 
 
 @dataclass(frozen=True)
@@ -47,77 +48,52 @@ class Check:
     record: Path | None = RECORDED
 
 
-def _checks() -> Iterator[Check]:
-    bnb, q = ("bitsandbytes",), quantization
-    yield Check(
-        "codebooks", "NF4, FP4 and both dynamic maps", bnb, BITS, q.observe_codebooks, q.compare_codebooks, VECTORS
-    )
-    yield Check(
-        "packing", "packed codes and absmax of NF4 and FP4", bnb, BITS, q.observe_4bit, q.compare_packing, VECTORS
-    )
-    yield Check(
-        "dequantisation", "weights from packed codes", bnb, BITS, q.observe_4bit, q.compare_dequantisation, VECTORS
-    )
-    yield Check(
-        "dequantised-rows",
-        "the same where rows do not fill blocks, by the definition",
-        bnb,
-        BITS,
-        q.observe_rows,
-        q.compare_rows,
-    )
-    yield Check(
-        "constants-binned",
-        'double quantisation, nested="bitsandbytes"',
-        bnb,
-        BITS,
-        q.observe_8bit,
-        q.compare_binned,
-        VECTORS,
-    )
-    yield Check(
-        "constants-nearest",
-        'double quantisation, nested="nearest", by the definition',
-        bnb,
-        BITS,
-        q.observe_8bit,
-        q.compare_nearest,
-        VECTORS,
-    )
-    yield Check(
-        "torchao", "NF4 by its table, its constants", ("torchao",), BITS, q.observe_torchao, q.compare_torchao
-    )
-    yield Check(
-        "adamw",
-        f"{decoders.STEPS} updates: parameters and moments",
-        ("torch",),
-        2**-22,
-        decoders.observe_adamw,
-        decoders.compare_adamw,
-    )
+def _quantisation() -> Iterator[Check]:
+    def check(
+        name: str, what: str, observe: Any, compare: Any, record: Path = VECTORS, by: str = "bitsandbytes"
+    ) -> Check:
+        return Check(name, what, (by,), BITS, observe, compare, record)
 
-    peft, compare = ("transformers", "peft"), decoders.compare_decoder
+    q, nested = quantization, "double quantisation, nested="
+    rows = "the same where rows do not fill blocks, by the definition;"
+    yield check("codebooks", "NF4, FP4, both dynamic maps", q.observe_codebooks, q.compare_codebooks)
+    yield check("packing", "codes and absmax, NF4 and FP4", q.observe_4bit, q.compare_packing)
+    yield check("dequantisation", "weights of their codes", q.observe_4bit, q.compare_dequantisation)
+    yield check("dequantised-rows", rows, q.observe_rows, q.compare_rows, RECORDED)
+    yield check("constants-binned", f'{nested}"bitsandbytes"', q.observe_8bit, q.compare_binned)
+    yield check("constants-nearest", f'{nested}"nearest", by the definition;', q.observe_8bit, q.compare_nearest)
+    what = "NF4 by its own table, its 8-bit constants"
+    yield check("torchao", what, q.observe_torchao, q.compare_torchao, RECORDED, "torchao")
+
+
+def _decoders() -> Iterator[Check]:
+    d, steps = decoders, f"losses of {decoders.STEPS} steps, the adapter after them"
+    hf, lora, qlora = ("transformers",), ("transformers", "peft"), ("transformers", "peft", "bitsandbytes")
+    adam = f"parameters and moments after {decoders.STEPS} updates"
+    yield Check("adamw", adam, ("torch",), 2**-22, d.observe_adamw, d.compare_adamw)
     what = "logits, loss, adapter gradients"
     for name in ARCHITECTURES:
-        yield Check(name, what, peft, 1e-5, partial(decoders.observe_decoder, architecture=name), compare)
+        yield Check(name, what, lora, BOUND, partial(d.observe_decoder, architecture=name), d.compare_decoder)
     for name, adapter in ADAPTERS.items():
-        yield Check(name, what, peft, 1e-5, partial(decoders.observe_decoder, adapter=adapter), compare)
-    yield Check(
-        "full", "logits, loss, gradients of all parameters", ("transformers",), 1e-5, decoders.observe_full, compare
-    )
-    what = f"losses of {decoders.STEPS} steps, the adapter after them"
-    train, four = decoders.compare_training, (*peft, "bitsandbytes")
-    yield Check("lora-training", what, (*peft, "torch"), 1e-5, decoders.observe_training, train)
-    yield Check("qlora-training", f"{what}, from a 4-bit checkpoint", four, 1e-5, decoders.observe_qlora, train)
-
-    x, written = exchange, exchange.compare_exchange
-    yield Check("model-files", "written here, read there", ("transformers",), 1e-5, x.observe_model_files, written, None)
-    yield Check("adapter-files", "written here, read there", peft, 1e-5, x.observe_adapter_files, written, None)
-    four = ("transformers", "bitsandbytes")
-    yield Check("4bit-files", "written here, read there", four, 1e-5, x.observe_4bit_files, written, None)
+        yield Check(name, what, lora, BOUND, partial(d.observe_decoder, adapter=adapter), d.compare_decoder)
+    what = "logits, loss, all parameters' gradients"
+    yield Check("full-finetuning", what, hf, BOUND, d.observe_full, d.compare_decoder)
+    yield Check("lora-training", steps, lora, BOUND, d.observe_training, d.compare_training)
+    what = f"its 4-bit checkpoint, {steps}, in train mode (in eval mode it computes in bfloat16);"
+    yield Check("qlora-training", what, qlora, BOUND, d.observe_qlora, d.compare_training)
 
 
-CHECKS = tuple(_checks())
+def _exchange() -> Iterator[Check]:
+    x, what, hf = exchange, "saved here, loaded there: tensors and logits", ("transformers",)
+    for name, libraries, observe in (
+        ("model-files", hf, x.observe_model_files),
+        ("adapter-files", (*hf, "peft"), x.observe_adapter_files),
+        ("4bit-files", (*hf, "bitsandbytes"), x.observe_4bit_files),
+    ):
+        yield Check(name, what, libraries, BOUND, observe, x.compare_exchange, None)
+
+
+CHECKS = (*_quantisation(), *_decoders(), *_exchange())
 
 OK, DIFFERS, FAILED, SKIPPED = "OK", "DIFFERS", "FAILED", "skipped"
 
@@ -139,11 +115,10 @@ class Line:
     def __str__(self) -> str:
         shown = [f"{self.name:<17}", f"{self.what} against {self.against}" if self.against else self.what]
         if self.largest is not None and self.bound == BITS:
-            shown += [f"{int(self.largest):,} of {self.elements:,} differ", "no bit may"]
+            shown += [f"{self.largest:,.0f} of {self.elements:,} differ", "no bit may"]
         elif self.largest is not None:
             shown += [f"{self.largest:.1e}", f"bound {self.bound:.1e}"]
-        shown.append(self.status if not self.note else f"{self.status}: {self.note}")
-        return " · ".join(shown)
+        return " · ".join([*shown, f"{self.status}: {self.note}" if self.note else self.status])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,36 +126,40 @@ class Line:
 
 def run(check: Check, seed: int = 0, size: int = SIZES["medium"], recorded: bool = False) -> Line:
     """Run one check: never raises for what a library or the engine does, but says so in the line."""
-    missing = [name for name in check.libraries if not _version(name)]
+    missing = [name for name in check.libraries if not installed(name)]
     live = not recorded and not missing
     if not live and check.record is None:
-        why = "there is no recording of it" if recorded else f"{missing[0]} is not installed ({INSTALL})"
+        why = "there is no recording of it" if recorded else f"{missing[0]} not installed ({INSTALL})"
         return Line(check.name, check.what, "", SKIPPED, check.bound, note=why)
-    line = partial(Line, check.name, check.what, "")
+    line = partial(Line, check.name, check.what, _against(check, live), bound=check.bound)
     try:
         if live:
-            line = partial(Line, check.name, check.what, " + ".join(f"{n} {_version(n)}" for n in check.libraries) + " live")
-            with _quiet():
+            with quiet():
                 observed = check.observe(seed, size)
         else:
-            versions = read_metadata(check.record)
-            names = " + ".join(f"{name} {versions[name]}" for name in check.libraries)
-            line = partial(Line, check.name, check.what, f"what was recorded from {names}")
             observed = read_recorded(check)
     except Exception as error:
-        return line(FAILED, check.bound, note=f"{'the libraries' if live else 'the recording'}: {_words(error)}")
+        who = "" if check.record is None else "the libraries: " if live else "the recording: "
+        return line(FAILED, note=who + in_one_line(error))
     try:
-        outcome = check.compare(observed)
+        with np.errstate(all="ignore"):
+            outcome = check.compare(observed)
     except Exception as error:
-        return line(FAILED, check.bound, note=f"refqlora: {_words(error)}")
-    largest = sum(outcome.parts.values()) if check.bound == BITS else max(outcome.parts.values())
-    ok = largest <= check.bound
-    note = outcome.note if ok and check.bound == BITS else ""
-    if not ok:
-        worst = max(outcome.parts, key=outcome.parts.__getitem__)
-        note = f"mostly {worst}" if check.bound == BITS else f"worst in {worst}"
-        note += f"; {outcome.note}" if outcome.note else ""
-    return line(OK if ok else DIFFERS, check.bound, float(largest), outcome.elements, outcome.parts, note)
+        return line(FAILED, note=f"refqlora: {in_one_line(error)}")
+
+    exact = check.bound == BITS
+    largest = float(sum(outcome.parts.values()) if exact else max(outcome.parts.values()))
+    worst = max(outcome.parts, key=outcome.parts.__getitem__)
+    ok = largest <= check.bound  # False for NaN
+    notes = ([] if ok else [f"most in {worst}"]) + ([outcome.note] if outcome.note and (exact or not ok) else [])
+    found = {"largest": largest, "elements": outcome.elements, "parts": outcome.parts, "note": "; ".join(notes)}
+    return line(OK if ok else DIFFERS, **found)
+
+
+def _against(check: Check, live: bool) -> str:
+    versions = {name: installed(name) for name in check.libraries} if live else read_metadata(check.record)
+    names = " + ".join(f"{name} {versions[name]}" for name in check.libraries)
+    return f"{names} live" if live else f"recorded {names}"
 
 
 def read_recorded(check: Check) -> Observed:
@@ -193,25 +172,21 @@ def read_recorded(check: Check) -> Observed:
     return decoders.group(tensors, check.name)
 
 
-def _version(library: str) -> str:
+def installed(library: str) -> str:
+    """The version of an installed library, "" if there is none."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def _words(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what libraries print, log and warn of out of the report, and gives them one thread: the models are small."""
+def quiet() -> Iterator[None]:
+    """Keeps what libraries print, log and warn of out of the report; torch has one thread, as the models are small."""
+    said = io.StringIO()
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             import torch
 

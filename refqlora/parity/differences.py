@@ -64,3 +64,9 @@ def relative_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) 
             which = "is missing" if name in expected else "is one too many"
             raise ValueError(f"{name} {which}: {len(found)} tensors where {len(expected)} are expected")
     return {name: relative_difference(found[name], expected[name]) for name in expected}
+
+
+def in_one_line(error: BaseException, plain: tuple[type, ...] = (ValueError, OSError)) -> str:
+    """What an error says, after its type unless it is one of those whose words are meant for people."""
+    text = " ".join(str(error).split())[:300]
+    return text if text and isinstance(error, plain) else f"{type(error).__name__}: {text}"
