@@ -148,11 +148,12 @@ def run(check: Check, seed: int = 0, size: int = SIZES["medium"], recorded: bool
         return line(FAILED, note=f"refqlora: {in_one_line(error)}")
 
     exact = check.bound == BITS
-    largest = float(sum(outcome.parts.values()) if exact else max(outcome.parts.values()))
-    worst = max(outcome.parts, key=outcome.parts.__getitem__)
-    ok = largest <= check.bound  # False for NaN
+    parts = {name: np.inf if np.isnan(x) else float(x) for name, x in outcome.parts.items()}
+    worst = max(parts, key=parts.__getitem__)
+    largest = sum(parts.values()) if exact else parts[worst]
+    ok = largest <= check.bound
     notes = ([] if ok else [f"most in {worst}"]) + ([outcome.note] if outcome.note and (exact or not ok) else [])
-    found = {"largest": largest, "elements": outcome.elements, "parts": outcome.parts, "note": "; ".join(notes)}
+    found = {"largest": largest, "elements": outcome.elements, "parts": parts, "note": "; ".join(notes)}
     return line(OK if ok else DIFFERS, **found)
 
 
