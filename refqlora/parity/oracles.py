@@ -24,12 +24,13 @@ def their_model(config: str, seed: int = 0, **sizes: Any) -> Any:
     """A causal language model of this transformers config class, its weights of order one."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    norms = 0 if config.startswith("Gemma") else 1  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.normal_(0, p.shape[1] ** -0.5)
             else:
-                p.normal_(0 if name.endswith("bias") else 1, 0.3)
+                p.normal_(0 if name.endswith("bias") else norms, 0.3)
     return model
 
 
@@ -68,9 +69,9 @@ def their_4bit(path: Path, double_quant: bool) -> Any:
     )
 
 
-def packed_weights(base: Any) -> dict[str, Any]:
-    """{name as here: Params4bit} of a 4-bit model, with adapters or without."""
-    named = base.named_parameters()
+def packed_weights(theirs: Any) -> dict[str, Any]:
+    """{name as here: Params4bit} of a 4-bit model, PEFT's or transformers' own."""
+    named = (theirs.get_base_model() if isinstance(theirs, peft.PeftModel) else theirs).named_parameters()
     return {name.replace(".base_layer", ""): p for name, p in named if hasattr(p, "quant_state")}
 
 
