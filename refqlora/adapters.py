@@ -14,11 +14,18 @@ from .lora import LoraConfig
 PEFT_PREFIX = "base_model.model."
 
 
-def save_adapter(directory: Path, config: LoraConfig, params: Mapping[str, np.ndarray], base: str = "") -> None:
+def save_adapter(
+    directory: Path,
+    config: LoraConfig,
+    params: Mapping[str, np.ndarray],
+    base: str = "",
+    conv1d: bool = False,
+) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
 
     params: `<linear>.lora_A.weight` (r, in) and `<linear>.lora_B.weight` (out, r). `base` is recorded as
-    base_model_name_or_path. "all-linear" is written out as the names it stood for, as PEFT does.
+    base_model_name_or_path. "all-linear" is written out as the names it stood for, as PEFT does. conv1d: the base's
+    files hold its weights as (in, out), GPT-2's; A and B are the same with it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -38,7 +45,7 @@ def save_adapter(directory: Path, config: LoraConfig, params: Mapping[str, np.nd
             "target_modules": targets if isinstance(targets, str) else list(targets),
             "use_rslora": config.rslora,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": conv1d,
             "inference_mode": True,
             "init_lora_weights": True,
             "modules_to_save": None,
@@ -72,7 +79,7 @@ _MUST_BE = {
 }
 
 
-def load_adapter(directory: Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Read a PEFT adapter -> its config and `<linear>.lora_A.weight`, `<linear>.lora_B.weight` arrays.
 
     Stricter than PEFT, which goes on with defaults or without the tensor: r, lora_alpha and target_modules must be
@@ -86,6 +93,8 @@ def load_adapter(directory: Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         if config.get(key) is None:
             raise ValueError(f'{path}: has no "{key}"')
     for key, allowed in _MUST_BE.items():
+        if key == "fan_in_fan_out" and conv1d:
+            continue  # it is of no consequence: PEFT sets it by itself
         if key in config and config[key] not in allowed:
             raise ValueError(
                 f'{path}: "{key}": {json.dumps(config[key])} is not supported, only {json.dumps(allowed[0])}'

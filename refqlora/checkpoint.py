@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from .architectures import BUFFERS
 from .files import read_json, read_weights
 
 BUNDLED = Path(__file__).parent / "assets"  # the directory of the bundled base model
 
 
 def read_model(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of a Hugging Face model directory, file after file.
+    """(name, array) of every parameter of a Hugging Face model directory, file after file.
 
     Raises FileNotFoundError where there is no safetensors file, and ValueError for one that cannot be read, a tensor
     that is not of 16, 32 or 64 bit floats, or an index that names a tensor its file lacks.
@@ -22,17 +23,18 @@ def read_model(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file() or not index.is_file():
-        yield from read_weights(directory / "model.safetensors")
+        yield from read_weights(directory / "model.safetensors", skip=BUFFERS)
         return
     wanted = read_json(index).get("weight_map")
     if not isinstance(wanted, dict) or not all(isinstance(shard, str) for shard in wanted.values()):
         raise ValueError(f'{index}: has no "weight_map" of tensors to files')
     for shard in sorted(set(wanted.values())):
         found = set()
-        for name, tensor in read_weights(directory / shard):
+        for name, tensor in read_weights(directory / shard, skip=BUFFERS):
             found.add(name)
             yield name, tensor
         missing = sorted(name for name, file in wanted.items() if file == shard and name not in found)
+        missing = [name for name in missing if not name.endswith(BUFFERS)]
         if missing:
             raise ValueError(f"{directory / shard}: lacks {missing[0]}, which {index.name} says it holds")
 

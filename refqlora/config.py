@@ -1,18 +1,26 @@
-"""A decoder's shape: what config.json says, and which parameters follow from it."""
+"""A decoder's shape: its numbers, and which parameters follow from them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+from .architectures import ARCHITECTURES, Architecture
+from .config_json import read_config, write_config
+from .rope import check_scaling
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "max_positions")
+_POSITIVE = ("eps", "rope_theta", "partial_rotary_factor")
+_POSITIVE_OR_NONE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_FLAGS = ("tied", "attention_bias", "mlp_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A Llama's numbers, by the legend in functional.py.
+    """A decoder's numbers, by the legend in functional.py; what its parts are called follows from `model_type`.
 
     `from_dict` reads transformers' config.json, old and new spellings; `to_dict` writes it.
     """
@@ -24,141 +32,173 @@ class Config:
     heads: int  # H
     kv_heads: int  # K
     head_dim: int  # h
-    eps: float = 1e-6  # added to the mean square in RMSNorm
-    rope_theta: float = 10000.0
+    model_type: str = "llama"  # one of ARCHITECTURES
+    activation: str = "silu"  # of the MLP: "silu" or "gelu_tanh"
+    eps: float = 1e-6  # added to the mean square in a norm
     tied: bool = False  # the output head is the embedding
     attention_bias: bool = False
     mlp_bias: bool = False
+
     max_positions: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": ..., "factor": ...}: SCALINGS in rope.py has them
+    partial_rotary_factor: float = 1.0  # the part of each head that RoPE turns
+
+    windows: tuple[int | None, ...] | None = None  # of each layer: how many keys a query sees, itself included
+    query_pre_attn_scalar: float | None = None  # attention scores are q k^T / sqrt(this); None: h
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    scale_attn_weights: bool = True  # False: attention scores are q k^T
+    scale_attn_by_inverse_layer_idx: bool = False  # and divided by 1, 2, ... from the first layer on
+
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim")
-        for field in (*sizes, "max_positions"):
+        for field in _SIZES:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a whole number of 1 or more, not {value!r}")
-        for field in ("eps", "rope_theta"):
+        for field in (*_POSITIVE, *_POSITIVE_OR_NONE):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not (value is None and field in _POSITIVE_OR_NONE) and (
+                not isinstance(value, int | float) or not 0 < value < float("inf")
+            ):
                 raise ValueError(f"{field} must be a positive number, not {value!r}")
-        for field in ("tied", "attention_bias", "mlp_bias"):
+        for field in _FLAGS:
             value = getattr(self, field)
             if not isinstance(value, bool):
                 raise ValueError(f"{field} must be true or false, not {value!r}")
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, not {self.model_type!r}")
+        for field, value in self.architecture.fixed.items():
+            if getattr(self, field) != value:
+                raise ValueError(f"{field} of a {self.model_type} must be {value}")
+        if self.activation not in (("silu", "gelu_tanh") if self.architecture.gated else ("gelu_tanh",)):
+            raise ValueError(f"activation {self.activation!r} does not go with a {self.model_type}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.architecture.positions is None:
+            self._check_rope()
+        elif self.heads != self.kv_heads or self.heads * self.head_dim != self.hidden_size:
+            raise ValueError(f"a {self.model_type}'s heads share hidden_size evenly, and each has its own keys")
+        if self.windows is not None:
+            known = {w for w in self.windows if w is not None}
+            if (
+                len(self.windows) != self.layers
+                or len(known) > 1
+                or not all(isinstance(w, int) and w > 0 for w in known)
+            ):
+                raise ValueError(f"windows must be None or one size for each of {self.layers} layers: {self.windows}")
+
+    def _check_rope(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        if self.partial_rotary_factor > 1 or self.rotary_dim < 1:
+            raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} is not a part of head_dim")
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling, pairs=(self.rotary_dim + 1) // 2)
 
     @classmethod
     def from_dict(cls, d: dict[str, Any], where: str = "config") -> Config:
         """From transformers' config.json. Raises ValueError, beginning with `where`, for a field that is missing or
         an option that is not supported."""
-
-        def need(key: str) -> Any:
-            if d.get(key) is None:
-                raise ValueError(f'{where}: has no "{key}"')
-            return d[key]
-
-        if need("model_type") != "llama":
-            raise ValueError(f'{where}: model_type "{d["model_type"]}" is not supported; supported: "llama"')
-        if d.get("hidden_act", "silu") != "silu":
-            raise ValueError(f'{where}: hidden_act "{d["hidden_act"]}" is not supported; supported: "silu"')
-        if d.get("quantization_config") is not None:
-            raise ValueError(f"{where}: a checkpoint that is quantised already is not supported; load the original")
-        rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{where}: the RoPE parameters must be an object, not {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f'{where}: RoPE of type "{kind}" is not supported; supported: "default"')
-        heads = need("num_attention_heads")
-        eos = d.get("eos_token_id")
         try:
-            return cls(
-                vocab_size=need("vocab_size"),
-                hidden_size=need("hidden_size"),
-                intermediate_size=need("intermediate_size"),
-                layers=need("num_hidden_layers"),
-                heads=heads,
-                kv_heads=d.get("num_key_value_heads") or heads,
-                head_dim=need("hidden_size") // heads if d.get("head_dim") is None else d["head_dim"],
-                eps=d.get("rms_norm_eps", 1e-6),
-                rope_theta=float(rope.get("rope_theta") or d.get("rope_theta") or 10000.0),
-                tied=d.get("tie_word_embeddings") or False,
-                attention_bias=d.get("attention_bias") or False,
-                mlp_bias=d.get("mlp_bias") or False,
-                max_positions=d.get("max_position_embeddings", 2048),
-                bos_token_id=d.get("bos_token_id"),
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            )
-        except (TypeError, ZeroDivisionError) as error:
+            return cls(**read_config(d))
+        except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{where}: {error}") from None
-        except ValueError as error:
-            raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
     def to_dict(self, dtype: Any = np.float32) -> dict[str, Any]:
         """transformers' config.json for weights stored in `dtype`, in its new spelling with the old one beside it."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tied,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "max_position_embeddings": self.max_positions,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
-            "dtype": np.dtype(dtype).name,
-            "torch_dtype": np.dtype(dtype).name,
-        }
+        return write_config(self, dtype)
 
     # ---- what follows from it ----
 
     @property
+    def architecture(self) -> Architecture:
+        """What the parts are called, and which there are."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of each head RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def rope_regime(self, length: int) -> int:
+        """What RoPE's frequencies depend on in a text of `length` tokens: keys turned in one regime are of no use in
+        another."""
+        kind = (self.rope_scaling or {}).get("rope_type")
+        if kind == "dynamic":
+            return max(length, self.max_positions)
+        return int(kind == "longrope" and length > self.rope_scaling["original_max_position_embeddings"])
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees, itself included; None: all before it."""
+        return None if self.windows is None else self.windows[layer]
+
+    def attention_scale(self, layer: int) -> float:
+        """What this layer's attention scores are multiplied by."""
+        scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @property
+    def padding(self) -> int | None:
+        """The token whose embedding gets no gradient from where it is looked up (torch's padding_idx)."""
+        pad = self.pad_token_id if self.architecture.padding else None
+        return pad if pad is not None and -self.vocab_size <= pad < self.vocab_size else None
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """How many outputs the projections to q, k and v have."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    @property
+    def mlp_sizes(self) -> tuple[int, ...]:
+        """How many outputs the projections into the MLP have: gate and up, or the one."""
+        return (self.intermediate_size,) * (2 if self.architecture.gated else 1)
+
+    @property
     def head(self) -> str:
         """The name of the output head's weight (V, D)."""
-        return "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+        return self.architecture.embedding + ".weight" if self.tied else "lm_head.weight"
 
     def linears(self) -> list[str]:
         """The linears inside the layers, in the order of the forward: what adapters and quantisation apply to."""
-        names = [f"self_attn.{name}" for name in _ATTENTION]
-        names += [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-        return [f"model.layers.{i}.{name}" for i in range(self.layers) for name in names]
+        a = self.architecture
+        names = (*a.qkv, a.attention_out, *a.mlp_in, a.mlp_out)
+        return [f"{a.layers}{i}.{name}" for i in range(self.layers) for name in names]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape; a linear's weight is (out, in)."""
-        d, f, q, k = self.hidden_size, self.intermediate_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        linear = {
-            "q_proj": (q, d), "k_proj": (k, d), "v_proj": (k, d), "o_proj": (d, q),
-            "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f),
-        }  # fmt: skip
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, d)}
-        for name in self.linears():
-            kind = name.rsplit(".", 1)[-1]
-            shapes[name + ".weight"] = linear[kind]
-            if self.attention_bias if kind in _ATTENTION else self.mlp_bias:
-                shapes[name + ".bias"] = linear[kind][:1]
-        for i in range(self.layers):
-            shapes[f"model.layers.{i}.input_layernorm.weight"] = (d,)
-            shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (d,)
-        shapes["model.norm.weight"] = (d,)
+        a, d = self.architecture, self.hidden_size
+        q, f = self.qkv_sizes[0], self.intermediate_size
+        linears = {  # name: out, in, bias
+            **{name: (n, d, self.attention_bias) for name, n in _outputs(a.qkv, self.qkv_sizes).items()},
+            a.attention_out: (d, q, self.attention_bias and a.out_bias),
+            **{name: (n, d, self.mlp_bias) for name, n in _outputs(a.mlp_in, self.mlp_sizes).items()},
+            a.mlp_out: (d, f, self.mlp_bias),
+        }
+        norms = (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm)
+        sizes = {name: d for name in norms if name} | dict.fromkeys(a.qk_norm, self.head_dim)
+        shapes: dict[str, tuple[int, ...]] = {a.embedding + ".weight": (self.vocab_size, d)}
+        if a.positions:
+            shapes[a.positions + ".weight"] = (self.max_positions, d)
+        for layer in (f"{a.layers}{i}." for i in range(self.layers)):
+            for name, (n, inputs, bias) in linears.items():
+                shapes[layer + name + ".weight"] = (n, inputs)
+                if bias:
+                    shapes[layer + name + ".bias"] = (n,)
+        norms = [(f"{a.layers}{i}.{name}", n) for i in range(self.layers) for name, n in sizes.items()]
+        for name, n in (*norms, (a.final_norm, d)):
+            shapes[name + ".weight"] = (n,)
+            if a.layernorm:
+                shapes[name + ".bias"] = (n,)
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, d)
         return shapes
 
-    def rope_frequencies(self) -> np.ndarray:
-        """theta^(-2i/h) for the pairs i < h/2, float64 (h/2,) (Su et al. 2021, eq. 15)."""
-        return self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+
+def _outputs(names: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
+    """The outputs of each linear: one for each size, or one for all of them side by side."""
+    return dict(zip(names, sizes, strict=True)) if len(names) == len(sizes) else {names[0]: sum(sizes)}

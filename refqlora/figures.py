@@ -26,7 +26,7 @@ def loss_figure(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, steps[-1]))
     axes.set_title(title, parse_math=False)  # a file's name may hold a $
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)  # covers no curve
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)

@@ -94,12 +94,15 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
 
 
-def read_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """`read_tensors` of a file that others made: no pickle stands in for it, and every tensor is of floats."""
+def read_weights(path: Path, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    """`read_tensors` of a file that others made: no pickle stands in for it, and every tensor is of floats; those whose
+    name ends in one of `skip` are left out."""
     pickled = sorted(path.parent.glob("*.bin"))
     if pickled and not path.is_file():
         raise ValueError(f"{pickled[0]}: is pickled, which is never opened; save it as safetensors")
     for name, tensor in read_tensors(path):
+        if name.endswith(skip):
+            continue
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
         yield name, tensor

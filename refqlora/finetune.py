@@ -20,6 +20,8 @@ def read_dataset(
     path: Path, tokenizer: Tokenizer, eos_id: int, max_length: int, held_out: float, seed: int
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) from a .jsonl file of examples, or from a text file or directory cut into blocks."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     if path.suffix == ".jsonl":
         dataset = tokenize_examples(read_jsonl(path), tokenizer, max_length, eos_id)
         return split(dataset, held_out, seed)

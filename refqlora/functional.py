@@ -1,4 +1,4 @@
-"""Forward and backward of every operation of the decoder, side by side.
+"""Forward and backward of the decoder's operations, side by side (RoPE and attention are in files of their own).
 
 The legend, used in every shape comment of the project:
 
@@ -13,7 +13,7 @@ needs, and nothing else. Everything is computed in the dtype of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 
@@ -68,125 +68,38 @@ def rmsnorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
     return g, dweight
 
 
-# ---- RoPE (Su et al. 2021, section 3.4), the halves paired as in transformers' Llama ---------------------------
+# ---- LayerNorm (Ba et al. 2016, eq. 3): y = (x - mean(x)) / sqrt(var(x) + eps) * w + b ---------------------------
 
 
-def rope_tables(positions: Array, frequencies: Array, dtype: type) -> tuple[Array, Array]:
-    """cos and sin of position * frequency. positions (T,), frequencies (h/2,) float64 -> two tables (T, h/2).
+def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, tuple]:
+    """Shift each row to mean 0, scale it to variance 1, then by `weight`, and add `bias`.
 
-    The angle is a float32 product, as in transformers: at position 100,000 its rounding shows in the logits.
-    A float64 model takes float64 angles.
+    x (..., D), weight (D,), bias (D,) -> y (..., D).
     """
-    xp = array_module(positions)
-    angle_dtype = xp.float64 if dtype == xp.float64 else xp.float32
-    angles = positions.astype(angle_dtype)[:, None] * xp.asarray(frequencies, angle_dtype)  # (T, h/2)
-    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+    xp = array_module(x)
+    n = x - x.mean(axis=-1, keepdims=True)
+    variance = xp.einsum("...d,...d->...", n, n)[..., None] / x.shape[-1]  # (..., 1)
+    inv = 1 / xp.sqrt(variance + eps)
+    n *= inv
+    return n * weight + bias, (n, inv, weight)
 
 
-def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pair (x[i], x[i + h/2]) by its position's angle. x (B, T, H, h), cos, sin (T, h/2) -> (B, T, H, h)."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, h/2): the same for every head
-    x1, x2 = x[..., :half], x[..., half:]
-    y = array_module(x).empty_like(x)
-    y[..., :half] = x1 * cos - x2 * sin
-    y[..., half:] = x2 * cos + x1 * sin
-    return y
+def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
+    """dy (..., D) -> dx (..., D), dweight (D,), dbias (D,).
 
-
-def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """dy (B, T, H, h) -> dx: a rotation's transpose is the rotation by the negative angle."""
-    return rope_forward(dy, cos, -sin)
-
-
-# ---- causal attention with grouped heads: softmax(q k^T / sqrt(h)) v -------------------------------------------
-
-TILE = 128  # query positions handled at once: the scores of a tile stay in the cache, and keys after it are skipped
-
-
-def attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
-    """Causal attention (Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023).
-
-    q (B, T, H, h); k, v (B, S, K, h) with H a multiple of K -> y (B, T, H, h). Query t stands at position S - T + t
-    and sees the keys up to it. The definition, for one batch element and one head, is three lines:
-
-        scores = q @ k.T / sqrt(h)                      # (T, S), -inf above the diagonal
-        p = exp(scores - logsumexp(scores))             # rows sum to 1
-        y = p @ v                                       # (T, h)
-
-    Of p, only each row's logsumexp is kept; the backward makes p again from it (Dao et al. 2022, algorithm 4), so
-    that what is stored grows with T and not with T^2.
+    With n the normed row and g = dy * w: dw = sum(dy * n), db = sum(dy); mean and variance depend on every element
+    of the row, so dx = inv * (g - mean(g) - n * mean(g * n)).
     """
-    xp = array_module(q)
-    y = xp.empty_like(q)
-    logsumexp = []
-    for b, rows, cols in _tiles(q.shape, k.shape):
-        qt, kt, vt = _fold(q[b, rows], k.shape[2]), k[b, cols].swapaxes(0, 1), v[b, cols].swapaxes(0, 1)
-        scores = _masked_scores(qt, kt, rows.stop - rows.start)  # (K, G*t, s)
-        top = scores.max(axis=-1, keepdims=True)
-        scores -= top
-        p = xp.exp(scores, out=scores)
-        total = p.sum(axis=-1, keepdims=True)
-        y[b, rows] = _unfold(p @ vt / total, rows.stop - rows.start)
-        logsumexp.append(top + xp.log(total))
-    return y, (q, k, v, y, logsumexp)
-
-
-def attention_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """dy (B, T, H, h) -> dq (B, T, H, h), dk (B, S, K, h), dv (B, S, K, h).
-
-    With P the weights: dV = P^T dY; dP = dY V^T; softmax gives dS = P * (dP - rowsum(dP * P)), where the row sum
-    equals rowsum(dY * Y); then dQ = dS K / sqrt(h) and dK = dS^T Q / sqrt(h). Heads of a group add up in dK and dV.
-    """
-    q, k, v, y, logsumexp = cache
+    n, inv, weight = cache
     xp = array_module(dy)
-    dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
-    groups = k.shape[2]
-    for (b, rows, cols), lse in zip(_tiles(q.shape, k.shape), logsumexp, strict=True):
-        t = rows.stop - rows.start
-        qt, kt, vt = _fold(q[b, rows], groups), k[b, cols].swapaxes(0, 1), v[b, cols].swapaxes(0, 1)
-        dyt, yt = _fold(dy[b, rows], groups), _fold(y[b, rows], groups)  # (K, G*t, h)
-        p = _masked_scores(qt, kt, t)
-        p -= lse
-        xp.exp(p, out=p)  # (K, G*t, s)
-        dv[b, cols] += (p.swapaxes(1, 2) @ dyt).swapaxes(0, 1)
-        ds = dyt @ vt.swapaxes(1, 2)
-        ds -= (dyt * yt).sum(axis=-1, keepdims=True)
-        ds *= p
-        ds *= q.shape[-1] ** -0.5
-        dq[b, rows] = _unfold(ds @ kt, t)
-        dk[b, cols] += (ds.swapaxes(1, 2) @ qt).swapaxes(0, 1)
-    return dq, dk, dv
-
-
-def _tiles(q_shape: tuple, k_shape: tuple) -> Iterator[tuple[int, slice, slice]]:
-    """(batch element, its query rows, the keys that those rows can see), tile after tile."""
-    batch, time, source = q_shape[0], q_shape[1], k_shape[1]
-    for b in range(batch):
-        for start in range(0, time, TILE):
-            stop = min(start + TILE, time)
-            yield b, slice(start, stop), slice(0, source - time + stop)
-
-
-def _fold(x: Array, groups: int) -> Array:
-    """(t, H, h) -> (K, G*t, h): the G = H/K query heads that share a key head become rows of one matrix."""
-    t, heads, size = x.shape
-    return x.reshape(t, groups, heads // groups, size).transpose(1, 2, 0, 3).reshape(groups, -1, size)
-
-
-def _unfold(x: Array, t: int) -> Array:
-    """(K, G*t, h) -> (t, H, h)."""
-    groups, _, size = x.shape
-    return x.reshape(groups, -1, t, size).transpose(2, 0, 1, 3).reshape(t, -1, size)
-
-
-def _masked_scores(q: Array, k: Array, t: int) -> Array:
-    """q (K, G*t, h), k (K, s, h) -> scores (K, G*t, s), -inf where the key comes after the query."""
-    xp = array_module(q)
-    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(1, 2)
-    diagonal = scores.reshape(k.shape[0], -1, t, k.shape[1])[..., -t:]  # only the last t keys can come too late
-    diagonal += xp.triu(xp.full((t, t), -xp.inf, q.dtype), 1)
-    return scores
+    rows = dy.reshape(-1, weight.size)
+    dweight = xp.einsum("nd,nd->d", rows, n.reshape(-1, weight.size))
+    g = dy * weight
+    mean_gn = xp.einsum("...d,...d->...", g, n)[..., None] / n.shape[-1]  # (..., 1)
+    g -= g.mean(axis=-1, keepdims=True)
+    g -= n * mean_gn
+    g *= inv
+    return g, dweight, rows.sum(axis=0)
 
 
 # ---- SwiGLU (Shazeer 2020, eq. 6): y = silu(gate) * up, silu(x) = x * sigmoid(x) --------------------------------
@@ -221,6 +134,89 @@ def _sigmoid(x: Array) -> Array:
         xp.exp(y, out=y)
     y += 1
     return xp.reciprocal(y, out=y)
+
+
+# ---- GELU (Hendrycks and Gimpel 2016), by its tanh approximation: y = x (1 + tanh(u)) / 2 -----------------------
+# u = sqrt(2/pi) (x + 0.044715 x^3). transformers calls it gelu_new or gelu_pytorch_tanh.
+
+_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def gelu_forward(x: Array) -> tuple[Array, tuple]:
+    """x (..., F) -> y (..., F)."""
+    return x * _gelu_share(x), (x,)
+
+
+def gelu_backward(dy: Array, cache: tuple) -> Array:
+    """dy (..., F) -> dx (..., F): with s = (1 + tanh u) / 2, y = x s and ds/du = 2 s (1 - s), so
+    dy/dx = s + x 2 s (1 - s) du/dx."""
+    (x,) = cache
+    return dy * _gelu_slope(x, _gelu_share(x))
+
+
+# ---- GeGLU (Shazeer 2020, eq. 6): y = gelu(gate) * up -----------------------------------------------------------
+
+
+def geglu_forward(gate: Array, up: Array) -> tuple[Array, tuple]:
+    """gate, up (..., F) -> y (..., F)."""
+    y = _gelu_share(gate)
+    y *= gate
+    y *= up
+    return y, (gate, up)
+
+
+def geglu_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
+    """dy (..., F) -> dgate, dup (..., F)."""
+    gate, up = cache
+    share = _gelu_share(gate)
+    dgate = _gelu_slope(gate, share)
+    dgate *= up
+    dgate *= dy
+    share *= gate
+    share *= dy
+    return dgate, share
+
+
+def _gelu_share(x: Array) -> Array:
+    """s = (1 + tanh u) / 2: the share of x that gelu lets through."""
+    xp = array_module(x)
+    u = x * x
+    u *= _GELU_CUBIC
+    u += 1
+    u *= x
+    u *= _GELU_SCALE
+    s = xp.tanh(u, out=u)
+    s += 1
+    s *= 0.5
+    return s
+
+
+def _gelu_slope(x: Array, s: Array) -> Array:
+    """gelu'(x) = s + 2 x s (1 - s) du/dx, with du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2)."""
+    slope = x * x
+    slope *= 3 * _GELU_CUBIC
+    slope += 1
+    slope *= x
+    slope *= 2 * _GELU_SCALE
+    slope *= s
+    slope *= 1 - s
+    slope += s
+    return slope
+
+
+# ---- softcap (Gemma 2, Riviere et al. 2024, section 2): y = cap * tanh(x / cap) ----------------------------------
+
+
+def softcap_forward(x: Array, cap: float) -> tuple[Array, tuple]:
+    """Squeeze x, of any shape, smoothly between -cap and cap -> y of the same shape."""
+    t = array_module(x).tanh(x / cap)
+    return t * cap, (t,)
+
+
+def softcap_backward(dy: Array, cache: tuple) -> Array:
+    """dy -> dx = dy (1 - tanh(x / cap)^2)."""
+    (t,) = cache
+    return dy * (1 - t * t)
 
 
 # ---- cross entropy: the mean over the counted positions of -log softmax(logits)[label] -------------------------

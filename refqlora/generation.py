@@ -43,14 +43,16 @@ def generate(
     rng = np.random.default_rng(seed)
     max_new_tokens = min(max_new_tokens, room)
     kv = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.dtype)
-    tokens = prompt
+    tokens = list(prompt)
     for _ in range(max_new_tokens):
-        logits, _ = model.forward(np.array([tokens]), kv=kv)
+        if model.config.rope_regime(len(tokens)) != model.config.rope_regime(kv.length):
+            kv.length = 0  # RoPE's frequencies change at this length: the cached keys do not go with the new ones
+        logits, _ = model.forward(np.array([tokens[kv.length :]]), kv=kv)
         token = sample(logits[0, -1], temperature, top_k, top_p, rng)
         if token in stop:
             return
         yield token
-        tokens = [token]
+        tokens.append(token)
 
 
 def sample(logits: Array, temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> int:

@@ -1,6 +1,6 @@
-"""The Llama decoder: forward, and the backward that undoes it line by line.
+"""The decoder: its parameters and adapters, files in and out, and forward and backward through all layers.
 
-Parameters are a plain dict by their Hugging Face names, adapters and gradients carry the same names:
+Parameters are a plain dict by their Hugging Face names, adapters and gradients carry the same names. A Llama's:
 
     model.embed_tokens.weight                             (V, D)
     model.layers.0.input_layernorm.weight                 (D,)
@@ -15,26 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import adapters, checkpoint, files
+from . import adapters, architectures, checkpoint, files
 from .backend import Array, array_module
 from .config import Config
-from .functional import (
-    attention_backward,
-    attention_forward,
-    embedding_backward,
-    embedding_forward,
-    rmsnorm_backward,
-    rmsnorm_forward,
-    rope_backward,
-    rope_forward,
-    rope_tables,
-    swiglu_backward,
-    swiglu_forward,
-)
+from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
 from .kv_cache import KVCache
+from .layer import layer_backward, layer_forward, norm_backward, norm_forward
 from .lora import LoRA, LoraConfig, Weight, init_lora, linear_backward, linear_forward
 from .quantize import QuantizedTensor
 from .quantize import quantize as nf4  # `quantize` is an option's name here
+from .rope import rope_frequencies, rope_tables
 
 
 class Adapter(NamedTuple):
@@ -64,20 +54,21 @@ class Model:
     def from_config(cls, config: Config, seed: int = 0, dtype: Any = np.float32) -> Model:
         """A new model with random weights: normal with std 0.02, the two projections that write into the residual
         stream smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3), norms 1, biases 0."""
-        rng = np.random.default_rng(seed)
+        rng, a = np.random.default_rng(seed), config.architecture
         params: dict[str, Weight] = {}
         for name, shape in config.shapes().items():
             if len(shape) == 1:
-                params[name] = np.full(shape, 0 if name.endswith("bias") else 1, dtype)
+                zero = name.endswith("bias") or a.norm_of_one_plus
+                params[name] = np.full(shape, 0 if zero else 1, dtype)
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                residual = name.endswith((a.attention_out + ".weight", a.mlp_out + ".weight"))
                 std = 0.02 / (2 * config.layers) ** 0.5 if residual else 0.02
                 params[name] = (rng.standard_normal(shape) * std).astype(dtype)
         return cls(config, params)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, quantize: str | None = None, dtype: Any = np.float32) -> Model:
-        """Load a Hugging Face Llama directory (config.json and safetensors in 16 or 32 bits).
+        """Load a Hugging Face model directory (config.json and safetensors in 16 or 32 bits).
 
         Weights are held in `dtype`; with `quantize="nf4"` each linear's weight becomes NF4 with double quantisation
         as it is read. Embeddings, norms and the output head stay as they are. Raises ValueError or
@@ -91,9 +82,7 @@ class Model:
         config = Config.from_dict(files.read_json(path / "config.json"), where=str(path / "config.json"))
         shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
         params: dict[str, Weight] = {}
-        for name, tensor in checkpoint.read_model(path):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older writers keep what follows from the config
+        for name, tensor in (architectures.from_file(config, *item) for item in checkpoint.read_model(path)):
             if name in shapes and tensor.shape != shapes[name]:
                 raise ValueError(f"{path}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
             params[name] = tensor.astype(dtype)
@@ -112,7 +101,8 @@ class Model:
         if quantized:
             raise ValueError(f"{quantized[0]} is quantised: only a dense model is saved this way")
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: param.astype(dtype) for name, param in self.params.items()}
+        tensors = dict(architectures.to_file(self.config, *item) for item in self.params.items())
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
         files.write_tensors(path / "model.safetensors", tensors)
         files.write_json(path / "config.json", self.config.to_dict(dtype))
 
@@ -151,7 +141,7 @@ class Model:
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
-        config, params = adapters.load_adapter(Path(path))
+        config, params = adapters.load_adapter(Path(path), self.config.architecture.conv1d)
         try:
             linears = config.matches(self.config.linears())
         except ValueError as error:
@@ -167,7 +157,7 @@ class Model:
     def save_adapter(self, path: str | Path, name: str | None = None, base: str = "") -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`."""
         adapter = self.adapters[self._known(name or self.active)]
-        adapters.save_adapter(Path(path), adapter.config, adapter.params, base)
+        adapters.save_adapter(Path(path), adapter.config, adapter.params, base, self.config.architecture.conv1d)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""
@@ -196,7 +186,7 @@ class Model:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of all computation: the embedding's."""
-        return self.params["model.embed_tokens.weight"].dtype
+        return self.params[self.config.architecture.embedding + ".weight"].dtype
 
     # ---- forward and backward ----
 
@@ -217,23 +207,42 @@ class Model:
         tokens = self._checked(tokens)
         if recompute and kv is not None:
             raise ValueError("recompute makes a layer again from its input alone: it does not go with kv")
+        config, params, a = self.config, self.params, self.config.architecture
         start = 0 if kv is None else kv.length
-        positions = array_module(tokens).arange(start, start + tokens.shape[1])
-        rope = rope_tables(positions, self.config.rope_frequencies(), self.dtype)
-        x, embedding = embedding_forward(tokens, self.params["model.embed_tokens.weight"])  # (B, T, D)
+        length = start + tokens.shape[1]
+        if start and config.rope_regime(length) != config.rope_regime(start):
+            raise ValueError(
+                f"at {length} positions RoPE's frequencies change, and the {start} cached keys must be made anew"
+            )
+        positions = array_module(tokens).arange(start, length)
+        x, embedding = embedding_forward(tokens, params[a.embedding + ".weight"])  # (B, T, D)
+        if a.scaled_embedding:
+            x *= self._embedding_scale
+        if a.positions:
+            if length > config.max_positions:
+                raise ValueError(f"{length} positions, but the model has learned {config.max_positions}")
+            p, learned = embedding_forward(positions, params[a.positions + ".weight"])  # (T, D)
+            x += p
+            rope = None
+        else:
+            rope, learned = self._rope(positions, length), None
         layers = []
-        for i in range(self.config.layers):
+        for i in range(config.layers):
             # A layer draws its dropout masks from a seed of its own, so that recomputing it draws the same ones.
             seed = None if rng is None else int(rng.integers(2**63))
-            y, cache = self._layer_forward(i, x, rope, seed, kv)
+            y, cache = layer_forward(config, params, self._linear, i, x, rope, seed, kv)
             layers.append((x, seed) if recompute else cache)
             x = y
         if kv is not None:
-            kv.length += tokens.shape[1]
-        x, norm = rmsnorm_forward(x, self.params["model.norm.weight"], self.config.eps)
-        logits, head = linear_forward(x, self.params[self.config.head])  # (B, T, V)
+            kv.length = length
+        x, norm = norm_forward(config, params, a.final_norm, x)
+        logits, head = linear_forward(x, params[config.head])  # (B, T, V)
+        softcap = None
+        if config.final_logit_softcapping is not None:
+            logits, softcap = softcap_forward(logits, config.final_logit_softcapping)
         return logits, {
-            "embedding": embedding, "layers": layers, "norm": norm, "head": head, "rope": rope, "recompute": recompute,
+            "embedding": embedding, "positions": learned, "layers": layers, "norm": norm, "head": head,
+            "softcap": softcap, "rope": rope, "recompute": recompute,
         }  # fmt: skip
 
     def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
@@ -241,94 +250,60 @@ class Model:
 
         The cache, of a forward without kv, serves once: each layer's part is let go of on the way.
         """
+        config, params, a = self.config, self.params, self.config.architecture
         full = self.active is None
         wanted = self.trainable()
         grads: dict[str, Array] = {}
+        if config.final_logit_softcapping is not None:
+            dlogits = softcap_backward(dlogits, cache["softcap"])
         dx, head = linear_backward(dlogits, cache["head"], train_weight=full)
-        dx, dnorm = rmsnorm_backward(dx, cache["norm"])
-        for i in reversed(range(self.config.layers)):
+        dx, dnorm = norm_backward(config, dx, cache["norm"])
+        for i in reversed(range(config.layers)):
             layer = cache["layers"][i]
             if cache["recompute"]:
                 x, seed = layer
-                _, layer = self._layer_forward(i, x, cache["rope"], seed)
-            dx = self._layer_backward(i, dx, layer, cache["rope"], grads, full)
+                _, layer = layer_forward(config, params, self._linear, i, x, cache["rope"], seed)
+            dx = layer_backward(config, i, dx, layer, cache["rope"], grads, full)
             cache["layers"][i] = layer = None  # let go of it: the memory serves the layers before
         if full:
-            grads["model.norm.weight"] = dnorm
+            grads.update({f"{a.final_norm}.{key}": value for key, value in dnorm.items()})
+            if a.positions:
+                grads[a.positions + ".weight"] = embedding_backward(dx.sum(axis=0), cache["positions"])
+            if a.scaled_embedding:
+                dx = dx * self._embedding_scale
             dembedding = embedding_backward(dx, cache["embedding"])
-            if self.config.tied:
+            if config.padding is not None:
+                dembedding[config.padding] = 0
+            if config.tied:
                 dembedding += head["weight"]
             else:
                 grads["lm_head.weight"] = head["weight"]
-            grads["model.embed_tokens.weight"] = dembedding
+            grads[a.embedding + ".weight"] = dembedding
         return {name: grads[name] for name in wanted}
 
-    def _layer_forward(
-        self, i: int, x: Array, rope: tuple[Array, Array], seed: int | None, kv: KVCache | None = None
-    ) -> tuple[Array, dict]:
-        """One decoder layer: x += attention(norm(x)); x += mlp(norm(x)). x (B, T, D) -> (B, T, D), cache."""
-        config, params, layer = self.config, self.params, f"model.layers.{i}."
-        rng = None if seed is None else np.random.default_rng(seed)
-        heads = (*x.shape[:2], -1, config.head_dim)  # (B, T, H or K, h)
-        cache: dict[str, tuple] = {}
+    def _rope(self, positions: Array, length: int) -> tuple[Array, Array]:
+        """cos and sin (T, n) of the positions, in a text of `length` tokens so far."""
+        config = self.config
+        frequencies, factor = rope_frequencies(
+            config.rope_theta, config.rotary_dim, self.dtype, config.rope_scaling, length, config.max_positions
+        )
+        return rope_tables(positions, frequencies, self.dtype, factor)
 
-        def linear(name: str, x: Array) -> Array:
-            weight, bias = params[layer + name + ".weight"], params.get(layer + name + ".bias")
-            y, cache[name] = linear_forward(x, weight, bias, self._lora(layer + name), rng)
-            return y
+    @property
+    def _embedding_scale(self) -> np.floating:
+        """sqrt(D), in the model's dtype as in transformers."""
+        return self.dtype.type(self.config.hidden_size**0.5)
 
-        n, cache["norm1"] = rmsnorm_forward(x, params[layer + "input_layernorm.weight"], config.eps)
-        q = rope_forward(linear("self_attn.q_proj", n).reshape(heads), *rope)  # (B, T, H, h)
-        k = rope_forward(linear("self_attn.k_proj", n).reshape(heads), *rope)  # (B, T, K, h)
-        v = linear("self_attn.v_proj", n).reshape(heads)  # (B, T, K, h)
-        if kv is not None:
-            k, v = kv.extend(i, k, v)  # (B, S, K, h)
-        a, cache["attention"] = attention_forward(q, k, v)  # (B, T, H, h)
-        x = x + linear("self_attn.o_proj", a.reshape(*x.shape[:2], -1))  # (B, T, D)
-
-        n, cache["norm2"] = rmsnorm_forward(x, params[layer + "post_attention_layernorm.weight"], config.eps)
-        gate, up = linear("mlp.gate_proj", n), linear("mlp.up_proj", n)  # (B, T, F)
-        a, cache["swiglu"] = swiglu_forward(gate, up)
-        return x + linear("mlp.down_proj", a), cache  # (B, T, D)
-
-    def _layer_backward(
-        self, i: int, dx: Array, cache: dict, rope: tuple[Array, Array], grads: dict[str, Array], full: bool
-    ) -> Array:
-        """The lines of `_layer_forward` from the last to the first. dx (B, T, D) of its output -> of its input."""
-        layer = f"model.layers.{i}."
-        heads = (*dx.shape[:2], -1, self.config.head_dim)
-        flat = (*dx.shape[:2], -1)
-
-        def linear(name: str, dy: Array) -> Array:
-            dx, dparams = linear_backward(dy, cache[name], full)
-            grads.update({f"{layer}{name}.{key}": value for key, value in dparams.items()})
-            return dx
-
-        dgate, dup = swiglu_backward(linear("mlp.down_proj", dx), cache["swiglu"])  # (B, T, F)
-        dn = linear("mlp.gate_proj", dgate)
-        dn += linear("mlp.up_proj", dup)  # n went into both
-        dn, dnorm2 = rmsnorm_backward(dn, cache["norm2"])
-        dx = dx + dn  # the residual stream passes the gradient on as it is, and the branch adds its own
-
-        da = linear("self_attn.o_proj", dx).reshape(heads)  # (B, T, H, h)
-        dq, dk, dv = attention_backward(da, cache["attention"])
-        dn = linear("self_attn.q_proj", rope_backward(dq, *rope).reshape(flat))
-        dn += linear("self_attn.k_proj", rope_backward(dk, *rope).reshape(flat))
-        dn += linear("self_attn.v_proj", dv.reshape(flat))
-        dn, dnorm1 = rmsnorm_backward(dn, cache["norm1"])
-        if full:
-            grads[layer + "post_attention_layernorm.weight"] = dnorm2
-            grads[layer + "input_layernorm.weight"] = dnorm1
-        return dx + dn
-
-    def _lora(self, linear: str) -> LoRA | None:
+    def _linear(self, name: str) -> tuple[Weight, LoRA | None]:
+        """The weight of the linear of this name, and its adapter."""
+        weight = self.params[name + ".weight"]
         if self.active is None:
-            return None
+            return weight, None
         config, params = self.adapters[self.active]
-        if linear + ".lora_A.weight" not in params:
-            return None
-        a, b = params[linear + ".lora_A.weight"], params[linear + ".lora_B.weight"]
-        return LoRA(a, b, config.scale, config.dropout)
+        if name + ".lora_A.weight" not in params:
+            return weight, None
+        a, b = params[name + ".lora_A.weight"], params[name + ".lora_B.weight"]
+        return weight, LoRA(a, b, config.scale, config.dropout)
 
     def _checked(self, tokens: Any) -> Array:
         tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 from mistakes import MISTAKES, planted
 
-from refqlora import functional, lora
+from refqlora import attention, functional, lora, rope
 from refqlora.config import Config
 from refqlora.lora import LoRA, LoraConfig
 from refqlora.model import Model
@@ -27,7 +27,7 @@ from refqlora.quantize import quantize
 
 TOLERANCE = 1e-7  # of a right gradient
 CAUGHT = 1e-3  # a wrong gradient must be this far off at least
-STEP = 5e-4
+STEP = 3e-4
 B, T, S, H, K, h, D, F, V, r = 3, 7, 9, 8, 2, 6, 10, 13, 11, 5
 
 Run = Callable[..., tuple[np.ndarray, Callable]]  # inputs -> y, and the function dy -> {input: its gradient}
@@ -93,11 +93,11 @@ class Check:
         return errors
 
     def _run(self) -> tuple[np.ndarray, Callable]:
-        with patch.object(functional, "TILE", self.tile):
+        with patch.object(attention, "TILE", self.tile):
             y, backward = self.run(**self.inputs)
 
         def tiled_backward(dy: np.ndarray) -> dict[str, np.ndarray]:
-            with patch.object(functional, "TILE", self.tile):
+            with patch.object(attention, "TILE", self.tile):
                 return backward(dy)
 
         return y, tiled_backward
@@ -117,18 +117,41 @@ def rmsnorm(x, weight):
     return y, lambda dy: dict(zip(("x", "weight"), functional.rmsnorm_backward(dy, cache), strict=True))
 
 
-def rope(x, cos, sin):
-    return functional.rope_forward(x, cos, sin), lambda dy: {"x": functional.rope_backward(dy, cos, sin)}
+def layernorm(x, weight, bias):
+    y, cache = functional.layernorm_forward(x, weight, bias, 1e-2)
+    return y, lambda dy: dict(zip(("x", "weight", "bias"), functional.layernorm_backward(dy, cache), strict=True))
 
 
-def attention(q, k, v):
-    y, cache = functional.attention_forward(q, k, v)
-    return y, lambda dy: dict(zip("qkv", functional.attention_backward(dy, cache), strict=True))
+def turn(x, cos, sin):
+    return rope.rope_forward(x, cos, sin), lambda dy: {"x": rope.rope_backward(dy, cos, sin)}
+
+
+def attend(**options):
+    def run(q, k, v):
+        y, cache = attention.attention_forward(q, k, v, **options)
+        return y, lambda dy: dict(zip("qkv", attention.attention_backward(dy, cache), strict=True))
+
+    return run
 
 
 def swiglu(gate, up):
     y, cache = functional.swiglu_forward(gate, up)
     return y, lambda dy: dict(zip(("gate", "up"), functional.swiglu_backward(dy, cache), strict=True))
+
+
+def geglu(gate, up):
+    y, cache = functional.geglu_forward(gate, up)
+    return y, lambda dy: dict(zip(("gate", "up"), functional.geglu_backward(dy, cache), strict=True))
+
+
+def gelu(x):
+    y, cache = functional.gelu_forward(x)
+    return y, lambda dy: {"x": functional.gelu_backward(dy, cache)}
+
+
+def softcap(x):
+    y, cache = functional.softcap_forward(x, 1.3)
+    return y, lambda dy: {"x": functional.softcap_backward(dy, cache)}
 
 
 def cross_entropy(logits, labels, denominator=None):
@@ -170,7 +193,8 @@ def operation_checks(count: int | None = 150) -> list[Check]:
     tokens = np.random.default_rng(1).integers(0, V - 2, (B, T))  # some often, two never
     q, kt, vt = draw(B, T, H, h), draw(B, T, K, h), draw(B, T, K, h, seed=1)
     ks, vs = draw(B, S, K, h), draw(B, S, K, h, seed=1)
-    tables = functional.rope_tables(np.arange(T), np.array([1, 0.3, 0.1]), np.float64)
+    tables = rope.rope_tables(np.arange(T), np.array([1, 0.3, 0.1]), np.float64)
+    part = rope.rope_tables(np.arange(T), np.array([1, 0.3]), np.float64, factor=1.4)  # turns 4 of the 6 elements
     x, w = draw(B, T, D), draw(F, D)
     dense = {"x": x, "weight": w, "bias": draw(F)}
     ab = {"lora_A.weight": draw(r, D), "lora_B.weight": draw(F, r)}
@@ -179,11 +203,20 @@ def operation_checks(count: int | None = 150) -> list[Check]:
     return [
         check("embedding", {"weight": draw(V, D), "tokens": tokens}, embedding),
         check("rmsnorm", {"x": x, "weight": draw(D)}, rmsnorm),
-        check("rope", {"x": q, "cos": tables[0], "sin": tables[1]}, rope),
-        check("attention", {"q": q, "k": kt, "v": vt}, attention, tile=128),
-        check("attention, tiles of 3", {"q": q, "k": kt, "v": vt}, attention),
-        check("attention, S > T", {"q": q, "k": ks, "v": vs}, attention),
+        check("layernorm", {"x": x, "weight": draw(D), "bias": draw(D, seed=1)}, layernorm),
+        check("rope", {"x": q, "cos": tables[0], "sin": tables[1]}, turn),
+        check("rope, part of each head, a factor", {"x": q, "cos": part[0], "sin": part[1]}, turn),
+        check("attention", {"q": q, "k": kt, "v": vt}, attend(), tile=128),
+        check("attention, tiles of 3", {"q": q, "k": kt, "v": vt}, attend()),
+        check("attention, S > T", {"q": q, "k": ks, "v": vs}, attend()),
+        check("attention, window of 2 in one tile", {"q": q, "k": kt, "v": vt}, attend(window=2), tile=128),
+        check("attention, window of 4, S > T", {"q": q, "k": ks, "v": vs}, attend(window=4)),
+        check("attention, softcap", {"q": q, "k": kt, "v": vt}, attend(softcap=1.5)),
+        check("attention, all options", {"q": q, "k": ks, "v": vs}, attend(scale=0.7, window=5, softcap=2.0)),
         check("swiglu", {"gate": draw(B, T, F), "up": draw(B, T, F, seed=1)}, swiglu),
+        check("gelu", {"x": 2 * draw(B, T, F)}, gelu),
+        check("geglu", {"gate": draw(B, T, F), "up": draw(B, T, F, seed=1)}, geglu),
+        check("softcap", {"x": draw(B, T, V)}, softcap),
         check("cross_entropy", logits, cross_entropy),
         check("cross_entropy, denominator", logits | {"denominator": 5.0}, cross_entropy),
         check("linear, frozen", dense, linear()),
@@ -200,6 +233,30 @@ def operation_checks(count: int | None = 150) -> list[Check]:
 # ---- the whole model ---------------------------------------------------------------------------------------
 
 
+# Options of each architecture with which every line of the layer is used; windows are shorter than the text.
+ARCHITECTURES = {
+    "llama": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "mistral": {"windows": (3, 3)},
+    "qwen2": {"attention_bias": True, "windows": (None, 3)},
+    "qwen3": {"attention_bias": True},
+    "gemma2": {
+        "activation": "gelu_tanh", "tied": True, "windows": (3, None), "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+    },
+    "phi3": {
+        "partial_rotary_factor": 0.7, "windows": (5, 5),
+        "rope_scaling": {
+            "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 4,
+            "short_factor": [1.0, 1.5], "long_factor": [1.5, 3.0],
+        },
+    },
+    "gpt2": {
+        "activation": "gelu_tanh", "tied": True, "attention_bias": True, "mlp_bias": True, "max_positions": T + 2,
+        "hidden_size": 16, "heads": 4, "kv_heads": 4, "head_dim": 4, "scale_attn_by_inverse_layer_idx": True,
+    },
+}  # fmt: skip
+
+
 def tiny_config(**options) -> Config:
     sizes = {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "layers": 2}
     return Config(**(sizes | {"heads": H, "kv_heads": K, "head_dim": h, "rope_theta": 50.0} | options))
@@ -208,14 +265,23 @@ def tiny_config(**options) -> Config:
 def tiny_model(dtype=np.float64, seed=0, **options) -> Model:
     """Activations of order one, norms that are not 1 and biases that are not 0, as from_config's are."""
     config, rng, params = tiny_config(**options), np.random.default_rng(seed), {}
+    a = config.architecture
     for name, shape in config.shapes().items():
-        if name.endswith("norm.weight"):
-            value = rng.uniform(0.5, 1.5, shape)
+        if name.endswith("bias"):
+            value = rng.standard_normal(shape)
+        elif len(shape) == 1:
+            value = rng.uniform(0.5, 1.5, shape) - a.norm_of_one_plus
         else:
-            std = 1.0 if name.endswith(("embed_tokens.weight", "bias")) else 1.5 / shape[-1] ** 0.5
+            std = 1.5 / shape[-1] ** 0.5
+            if name in (f"{a.embedding}.weight", f"{a.positions}.weight"):
+                std = 1.0
             value = rng.standard_normal(shape) * std
         params[name] = value.astype(dtype)
     return Model(config, params)
+
+
+def of_architecture(model_type: str, **options) -> Model:
+    return tiny_model(model_type=model_type, **(ARCHITECTURES[model_type] | options))
 
 
 def stir(adapter: dict[str, np.ndarray], seed: int = 0) -> None:
@@ -247,8 +313,8 @@ def model_checks(count: int | None = 6) -> list[Check]:
     def check(name: str, m: Model, **options) -> Check:
         return Check(name, m.trainable(), whole(m, **options), count, tile=4)
 
-    def adapted(**options) -> Model:
-        m = tiny_model(attention_bias=True)
+    def adapted(m: Model | None = None, **options) -> Model:
+        m = m or tiny_model(attention_bias=True)
         m.add_adapter(rank=r, alpha=8, **options)
         stir(m.trainable())
         return m
@@ -262,6 +328,8 @@ def model_checks(count: int | None = 6) -> list[Check]:
         check("model, LoRA", adapted()),
         check("model, rsLoRA on q and down, recomputed", some, recompute=True),
         check("model, LoRA on NF4 with dropout, recomputed", nf4, dropout=True, recompute=True),
+        *(check(f"model, {name}", of_architecture(name), recompute=name == "gemma2") for name in ARCHITECTURES),
+        *(check(f"model, {name}, LoRA", adapted(of_architecture(name))) for name in ("gemma2", "phi3", "gpt2")),
     ]
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from refqlora import functional, lora, model
+from refqlora import attention, functional, layer, lora, model, rope
 from refqlora.model import Model
 
 
@@ -27,23 +27,32 @@ def attention_backward_by_definition(
     mask=True,
     blocks=True,
     all_tiles=True,
+    wider=0,
+    cap_slope=True,
 ):
     """No tiles, and a copy of k and v for each query head; the switches plant mistakes."""
-    q, k, v = cache[:3]
-    (_, t, heads, size), (_, s, groups, _) = q.shape, k.shape
+    q, k, v, scale, window, cap = *cache[:3], *cache[5:]
+    (_, t, heads, _), (_, s, groups, _) = q.shape, k.shape
     head = np.arange(heads)
     kv_head = head // (heads // groups) if blocks else head % groups
     ks, vs = k[:, :, kv_head], v[:, :, kv_head]  # (B, S, H, h)
-    scores = np.einsum("bthi,bshi->bhts", q, ks) / size**0.5
-    scores += np.triu(np.full((t, s), -np.inf if mask else 0.0), s - t + 1)
+    scores = np.einsum("bthi,bshi->bhts", q, ks) * scale
+    slope = 1.0
+    if cap is not None:
+        scores = cap * np.tanh(scores / cap)
+        slope = 1 - (scores / cap) ** 2 if cap_slope else 1.0
+    distance = (s - t + np.arange(t))[:, None] - np.arange(s)  # of each key from the query, (T, S)
+    scores[..., distance < (0 if mask else -s)] = -np.inf
+    if window is not None:
+        scores[..., distance >= window + wider] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     dp = np.einsum("bthi,bshi->bhts", dy, vs)
-    ds = p * (dp - (dp * p).sum(-1, keepdims=True) * row_sum)
-    dq = np.einsum("bhts,bshi->bthi", ds, ks) / (size**0.5 if scale_q else 1)
-    start = 0 if all_tiles else (t - 1) // functional.TILE * functional.TILE
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True) * row_sum) * slope
+    dq = np.einsum("bhts,bshi->bthi", ds, ks) * (scale if scale_q else 1)
+    start = 0 if all_tiles else (t - 1) // attention.TILE * attention.TILE
     last = slice(start, t)  # the query rows that reach dk and dv
-    dk_heads = np.einsum("bhts,bthi->bshi", ds[:, :, last], q[:, last]) / (size**0.5 if scale_k else 1)
+    dk_heads = np.einsum("bhts,bthi->bshi", ds[:, :, last], q[:, last]) * (scale if scale_k else 1)
     dv_heads = np.einsum("bhts,bthi->bshi", p[:, :, last], dy[:, last])
     dk, dv = np.zeros_like(k), np.zeros_like(v)
     for head in range(heads) if group_sum else range(0, heads, heads // groups):
@@ -124,15 +133,20 @@ def first_batch_element_only(right, dy, cache, train_weight, dx, grads):
 
 def interleaved(dy, cos, sin):
     """The pairs taken as (0, 1), (2, 3), ... instead of (i, i + h/2)."""
-    order = np.concatenate([np.arange(0, dy.shape[-1], 2), np.arange(1, dy.shape[-1], 2)])
-    dx = np.empty_like(dy)
-    dx[..., order] = functional.rope_forward(dy[..., order], cos, -sin)
+    turned = 2 * cos.shape[-1]
+    order = np.concatenate([np.arange(0, turned, 2), np.arange(1, turned, 2)])
+    dx = dy.copy()
+    dx[..., order] = rope.rope_forward(dy[..., order], cos, -sin)
     return dx
 
 
 def silu_without_its_second_term(_, dy, cache):
     gate, up = cache
     return dy * up / (1 + np.exp(-gate))
+
+
+def gelu_share(x):
+    return (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
 
 
 def wrong_loss(change):
@@ -163,45 +177,121 @@ def overwriting_embedding(right):
     return backward
 
 
-def forgotten_residual(of_mlp):
-    """In the layer's backward, dx + dn becomes dn, at the MLP or at the attention."""
+def in_layer(change):
+    """change(norm, dy, of) -> dx: what the backward of a layer's norm gives; `of` is which norm, by its field of
+    Architecture, and norm(dy) what is right."""
 
     def plant(right):
-        def layer_backward(self, i, dx, *rest):
-            norm, branches = model.rmsnorm_backward, []
+        def layer_backward(config, i, dx, cache, *rest):
+            fields = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+            names = {field: getattr(config.architecture, field) for field in fields}
+            of = {id(cache[name]): field for field, name in names.items() if name}
+            of |= {id(cache[name]): "qk_norm" for name in config.architecture.qk_norm}
+            norm_backward = layer.norm_backward
 
-            def recording(dy, cache):
-                dn, dweight = norm(dy, cache)
-                branches.append(dn)
-                return (dn - dx if of_mlp and len(branches) == 1 else dn), dweight
+            def changed(config, dy, c):
+                dparams = norm_backward(config, dy, c)[1]
+                return change(lambda d: norm_backward(config, d, c)[0], dy, of[id(c)], dx), dparams
 
-            with patch.object(model, "rmsnorm_backward", recording):
-                out = right(self, i, dx, *rest)
-            return out if of_mlp else branches[1]
+            with patch.object(layer, "norm_backward", changed):
+                return right(config, i, dx, cache, *rest)
 
         return layer_backward
 
     return plant
 
 
-def wrong_use(layer, keep):
-    """In the model's backward, the linear `layer` gives keep(dx, grads) in place of (dx, grads)."""
+def forgotten_residual(of_mlp):
+    """In the layer's backward, dx + dn becomes dn, at the MLP or at the attention."""
+    if of_mlp:
+        return in_layer(lambda norm, dy, of, dx: norm(dy) - dx if of == "mlp_norm" else norm(dy))
+
+    def plant(right):
+        def layer_backward(config, i, dx, cache, *rest):
+            branches = []
+
+            def recording(norm, dy, of, _):
+                branches.append(norm(dy))
+                return branches[-1]
+
+            in_layer(recording)(right)(config, i, dx, cache, *rest)
+            return branches[-1]  # of the attention's norm, the last
+
+        return layer_backward
+
+    return plant
+
+
+def skipped(fields):
+    """The gradient passes these norms of the layer as it is."""
+    return in_layer(lambda norm, dy, of, _: dy if of in fields else norm(dy))
+
+
+def one_plus_forgotten(right):
+    def norm_backward(config, dy, cache):
+        if config.architecture.norm_of_one_plus:
+            x, inv, weight = cache
+            cache = (x, inv, weight - 1)
+        return right(config, dy, cache)
+
+    return norm_backward
+
+
+def wrong_use(layer_name, keep):
+    """In the model's backward, the linear `layer_name` gives keep(dx, grads) in place of (dx, grads)."""
 
     def plant(right):
         def backward(self, dlogits, cache):
             names = {id(p): name for name, p in self.params.items()}
-            inner = model.linear_backward
+            inner = lora.linear_backward
 
             def forgetful(dy, cache, train_weight=False):
                 dx, grads = inner(dy, cache, train_weight)
-                return keep(dx, grads) if names[id(cache[1])].endswith(layer) else (dx, grads)
+                return keep(dx, grads) if names[id(cache[1])].endswith(layer_name) else (dx, grads)
 
-            with patch.object(model, "linear_backward", forgetful):
+            with patch.object(model, "linear_backward", forgetful), patch.object(layer, "linear_backward", forgetful):
                 return right(self, dlogits, cache)
 
         return backward
 
     return plant
+
+
+def scale_forgotten(right):
+    """Of the embedding, in the backward."""
+
+    def backward(self, dlogits, cache):
+        with patch.object(Model, "_embedding_scale", 1.0):
+            return right(self, dlogits, cache)
+
+    return backward
+
+
+def whole_head_turned(right):
+    """All of a head turned back where RoPE turns a part: the pairs are others, and there is no angle for the rest."""
+
+    def backward(dy, cos, sin):
+        missing = dy.shape[-1] // 2 - cos.shape[-1]
+        pad = ((0, 0), (0, missing))
+        return right(dy, np.pad(cos, pad, constant_values=1), np.pad(sin, pad))
+
+    return backward
+
+
+def rest_dropped(right):
+    """Nothing for the elements that RoPE leaves as they are."""
+
+    def backward(dy, cos, sin):
+        dx = right(dy, cos, sin)
+        dx[..., 2 * cos.shape[-1] :] = 0
+        return dx
+
+    return backward
+
+
+def mean_over_batch(right):
+    """Of the learned positions; tokens are (B, T), positions (T,)."""
+    return lambda dy, cache: right(dy, cache) / (3 if cache[0].ndim == 1 else 1)
 
 
 def new_masks_on_recomputing(right):
@@ -233,6 +323,7 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
     "embedding_backward": {
         "embedding: a repeated token overwrites": overwriting_embedding,
         "model: tied embedding without the lookup's part": lambda right: lambda dy, cache: right(dy, cache) * 0,
+        "model: learned positions' gradient is the mean over the batch": mean_over_batch,
     },
     "rmsnorm_backward": {
         "rmsnorm: dx without the mean term": wrong_gradient(0, lambda _, dy, c: dy * c[2] * c[1]),
@@ -241,10 +332,24 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
             1, lambda dweight, dy, cache: (dy * cache[0]).reshape(-1, len(dweight)).sum(0)
         ),
     },
+    "layernorm_backward": {
+        "layernorm: dx without the mean of g": wrong_gradient(
+            0, lambda dx, dy, cache: dx + cache[1] * (dy * cache[2]).mean(-1, keepdims=True)
+        ),
+        "layernorm: dx without the term of the variance": wrong_gradient(
+            0, lambda dx, dy, c: dx + c[1] * c[0] * (dy * c[2] * c[0]).mean(-1, keepdims=True)
+        ),
+        "layernorm: dbias is the mean": wrong_gradient(2, lambda dbias, dy, cache: dbias * dbias.size / dy.size),
+    },
+    "norm_backward": {
+        "model: (1 + w) forgotten": one_plus_forgotten,
+    },
     "rope_backward": {
-        "rope: turned the wrong way": lambda right: functional.rope_forward,
+        "rope: turned the wrong way": lambda right: rope.rope_forward,
         "rope: interleaved pairs": lambda right: interleaved,
         "rope: not turned back": lambda right: lambda dy, cos, sin: dy,
+        "rope: the whole head turned, not its part": whole_head_turned,
+        "rope: no gradient for the part that is not turned": rest_dropped,
     },
     "attention_backward": {
         "attention: dq without 1/sqrt(h)": attention_mistake(scale_q=False),
@@ -254,11 +359,27 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "attention: softmax without the row sum": attention_mistake(row_sum=False),
         "attention: no causal mask": attention_mistake(mask=False),
         "attention: dk, dv of the last tile only": attention_mistake(all_tiles=False),
+        "attention: a window too wide by one": attention_mistake(wider=1),
+        "attention: a window too narrow by one": attention_mistake(wider=-1),
+        "attention: no window": attention_mistake(wider=10**9),
+        "attention: softcap's derivative missing": attention_mistake(cap_slope=False),
     },
     "swiglu_backward": {
         "swiglu: silu' without x (1 - sigmoid)": wrong_gradient(0, silu_without_its_second_term),
         "swiglu: dup from gate, not silu(gate)": wrong_gradient(1, lambda _, dy, cache: dy * cache[0]),
         "swiglu: dgate and dup exchanged": lambda right: lambda dy, cache: right(dy, cache)[::-1],
+    },
+    "gelu_backward": {
+        "gelu: derivative without its second term": lambda right: lambda dy, cache: dy * gelu_share(cache[0]),
+    },
+    "geglu_backward": {
+        "geglu: gelu' without its second term": wrong_gradient(0, lambda _, dy, c: dy * c[1] * gelu_share(c[0])),
+        "geglu: dup from gate, not gelu(gate)": wrong_gradient(1, lambda _, dy, cache: dy * cache[0]),
+        "geglu: dgate and dup exchanged": lambda right: lambda dy, cache: right(dy, cache)[::-1],
+    },
+    "softcap_backward": {
+        "softcap: derivative missing": lambda right: lambda dy, cache: dy,
+        "softcap: derivative not squared": lambda right: lambda dy, cache: dy * (1 - abs(cache[0])),
     },
     "cross_entropy": {
         "cross_entropy: divided by all positions": wrong_loss(
@@ -283,14 +404,18 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "linear: dbias is the mean": scaled("bias", lambda c: c[0].shape[-1] / c[0].size),
         "linear: dW, dbias of one batch element only": wrong_linear(first_batch_element_only),
     },
-    "_layer_backward": {
+    "layer_backward": {
         "model: residual around attention forgotten": forgotten_residual(of_mlp=False),
         "model: residual around the MLP forgotten": forgotten_residual(of_mlp=True),
+        "model: norm of q and k skipped": skipped(["qk_norm"]),
+        "model: norm of what attention adds skipped": skipped(["attention_post_norm"]),
+        "model: norm of what the MLP adds skipped": skipped(["mlp_post_norm"]),
     },
     "backward": {
         "model: v's share of dn forgotten": wrong_use("v_proj.weight", lambda dx, grads: (dx * 0, grads)),
         "model: tied embedding without the head's part": wrong_use("embed_tokens.weight", no_head_part),
         "model: recomputation draws other dropout masks": new_masks_on_recomputing,
+        "model: the embedding's scale forgotten": scale_forgotten,
     },
 }
 MISTAKES = {what: (function, plant) for function, plants in PLANTS.items() for what, plant in plants.items()}
@@ -300,7 +425,7 @@ MISTAKES = {what: (function, plant) for function, plants in PLANTS.items() for w
 def planted(mistake: str) -> Iterator[None]:
     """The engine with one mistake in it."""
     function, plant = MISTAKES[mistake]
-    owners = [owner for owner in (functional, lora, model, Model) if hasattr(owner, function)]
+    owners = [owner for owner in (functional, rope, attention, lora, layer, model, Model) if hasattr(owner, function)]
     assert owners, f"the engine has no {function}"
     with ExitStack() as stack:
         for owner in owners:

@@ -371,8 +371,8 @@ MODEL_FAULTS = {
         ['config.json: has no "hidden_size"'],
     ),
     "config of another architecture": (
-        lambda d: change_json(d / "config.json", model_type="gemma2"),
-        ['config.json: model_type "gemma2" is not supported'],
+        lambda d: change_json(d / "config.json", model_type="gemma"),
+        ['config.json: model_type "gemma" is not supported'],
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors: no such file"]),
     "pickled weights": (

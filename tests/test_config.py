@@ -99,12 +99,17 @@ def test_a_missing_field_is_named_with_the_file(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported; supported: "llama"'),
+        ({"model_type": "bert"}, 'model_type "bert" is not supported; supported: "llama", "mistral", "qwen2"'),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported'),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised already"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'RoPE of type "llama3" is not supported'),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, 'RoPE of type "linear" is not supported'),
-        ({"rope_parameters": {"rope_type": "yarn"}}, 'RoPE of type "yarn" is not supported'),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'type "llama3" has no "low_freq_factor"'),
+        (
+            {"rope_scaling": {"type": "mrope", "factor": 2}},
+            'RoPE of type "mrope" is not supported; supported: "default"',
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, 'type "linear" has no "factor"'),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for each kind of layer"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_scaling": "linear"}, "must be an object, not 'linear'"),
         ({"rope_theta": "much"}, "much"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number, not -1.0"),
@@ -168,9 +173,3 @@ def test_linears_are_those_of_the_layers():
     assert linears[0] == "model.layers.0.self_attn.q_proj"
     assert linears[-1] == "model.layers.1.mlp.down_proj"
     assert not any("lm_head" in name or "embed" in name for name in linears)
-
-
-def test_rope_frequencies():
-    frequencies = Config(11, 10, 13, 2, heads=4, kv_heads=2, head_dim=6, rope_theta=1000.0).rope_frequencies()
-    assert frequencies.dtype == np.float64
-    np.testing.assert_allclose(frequencies, [1, 0.1, 0.01], rtol=1e-14)

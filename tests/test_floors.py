@@ -9,21 +9,26 @@ PACKAGE = Path(__file__).parent.parent / "refqlora"
 FLOORS = {
     "backend": 0,
     "codebooks": 1,
-    "config": 1,
+    "config": 3,
     "functional": 1,
+    "rope": 1,
+    "architectures": 1,
+    "config_json": 2,
+    "attention": 2,
     "quantize": 2,
-    "kv_cache": 2,
+    "kv_cache": 4,
     "lora": 3,
     "optim": 3,
     "files": 1,
     "checkpoint": 2,
     "adapters": 4,
-    "model": 5,
+    "layer": 5,
+    "model": 6,
     "data": 5,
     "corpus": 6,
-    "memory": 6,
-    "training": 6,
-    "generation": 6,
+    "memory": 7,
+    "training": 7,
+    "generation": 7,
     "figures": 7,
     "pretrain": 8,
     "demo": 8,
@@ -53,7 +58,7 @@ FLOORS = {
     "cli": 16,
 }
 EXEMPT = {"__init__", "__main__"}
-ENGINE = 6  # the highest floor of the engine
+ENGINE = 7  # the highest floor of the engine
 ORACLES = {"torch", "transformers", "peft", "bitsandbytes", "torchao"}
 MAX_LINES = 350
 

@@ -3,23 +3,25 @@
 import gradcheck
 import numpy as np
 import pytest
+import scipy.stats
 from gradcheck import CAUGHT, TOLERANCE, draw, largest_error, of_operation, operation_checks
-from hypothesis import given
-from hypothesis import strategies as st
-from mistakes import MISTAKES, attention_backward_by_definition, planted
+from mistakes import MISTAKES, planted
 
 from refqlora import functional
 from refqlora.functional import (
-    attention_backward,
-    attention_forward,
     cross_entropy,
     embedding_backward,
     embedding_forward,
+    geglu_backward,
+    geglu_forward,
+    gelu_backward,
+    gelu_forward,
+    layernorm_backward,
+    layernorm_forward,
     rmsnorm_backward,
     rmsnorm_forward,
-    rope_backward,
-    rope_forward,
-    rope_tables,
+    softcap_backward,
+    softcap_forward,
     swiglu_backward,
     swiglu_forward,
 )
@@ -56,9 +58,9 @@ def test_the_check_itself():
         return x**2, lambda dy: {"x": (2 * x * dy).T}
 
     assert gradcheck.Check("square", {"x": x}, square).errors() == {"x": np.inf}
-    with planted("rope: not turned back"):
-        assert rope_backward is not functional.rope_backward
-    assert rope_backward is functional.rope_backward
+    with planted("swiglu: dgate and dup exchanged"):
+        assert swiglu_backward is not functional.swiglu_backward
+    assert swiglu_backward is functional.swiglu_backward
 
 
 # ---- embedding ---------------------------------------------------------------------------------------------
@@ -91,113 +93,24 @@ def test_rmsnorm_of_zeros_is_zero():
     np.testing.assert_allclose(dx, 1e3, rtol=1e-6)  # 1 / sqrt(eps)
 
 
-# ---- RoPE --------------------------------------------------------------------------------------------------
+# ---- LayerNorm ---------------------------------------------------------------------------------------------
 
 
-def test_rope_multiplies_by_unit_complex_numbers():
-    x, frequencies, positions = draw(3, 7, 8, 6), np.array([1, 0.3, 0.1]), np.arange(4, 11)
-    y = rope_forward(x, *rope_tables(positions, frequencies, np.float64))
-    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * np.outer(positions, frequencies))[:, None]
-    np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-14)
+def test_layernorm_is_its_definition():
+    x, weight, bias, eps = 3 + draw(3, 7, 10), draw(10), draw(10, seed=1), 0.25
+    y, _ = layernorm_forward(x, weight, bias, eps)
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(variance + eps) * weight + bias, rtol=1e-12, atol=1e-14)
 
 
-def test_rope_makes_scores_depend_on_distance_only():
-    q, k = draw(1, 1, 1, 6), draw(1, 1, 1, 6, seed=1)
-
-    def score(at_q, at_k):
-        frequencies = np.array([1, 0.3, 0.1])
-        turned = [
-            rope_forward(x, *rope_tables(np.array([at]), frequencies, np.float64)) for x, at in ((q, at_q), (k, at_k))
-        ]
-        return float((turned[0] * turned[1]).sum())
-
-    assert score(9, 5) == pytest.approx(score(1004, 1000), rel=1e-11)
-    assert score(9, 5) != pytest.approx(score(9, 6), rel=1e-3)
-
-
-def test_rope_angles_are_float32_products_unless_the_model_is_float64():
-    positions, frequencies = np.array([0, 1, 100_003]), 10000.0 ** -(np.arange(0, 8, 2) / 8)
-    cos, sin = rope_tables(positions, frequencies, np.float32)
-    assert cos.dtype == sin.dtype == np.float32
-    angles = positions.astype(np.float32)[:, None] * frequencies.astype(np.float32)
-    assert angles.dtype == np.float32
-    assert np.array_equal(cos, np.cos(angles))
-    assert np.array_equal(sin, np.sin(angles))
-
-    cos, sin = rope_tables(positions, frequencies, np.float64)
-    np.testing.assert_allclose(cos, np.cos(np.outer(positions, frequencies)), atol=1e-15)
-    assert abs(sin[2] - np.sin(angles[2])).max() > 1e-4  # the rounding shows
-
-
-# ---- attention ---------------------------------------------------------------------------------------------
-
-
-def attention_by_definition(q, k, v):
-    """The three lines of attention_forward's docstring, for each batch element and head."""
-    y, (batch, t, heads, size), (s, groups) = np.empty_like(q), q.shape, k.shape[1:3]
-    visible = np.arange(s) <= (s - t + np.arange(t))[:, None]  # (T, S)
-    for b in range(batch):
-        for head in range(heads):
-            kv = head // (heads // groups)
-            scores = np.where(visible, q[b, :, head] @ k[b, :, kv].T / np.sqrt(size), -np.inf)
-            y[b, :, head] = np.exp(scores - np.logaddexp.reduce(scores, axis=1)[:, None]) @ v[b, :, kv]
-    return y
-
-
-@given(
-    batch=st.integers(1, 3),
-    t=st.integers(1, 9),
-    earlier=st.integers(0, 5),
-    groups=st.integers(1, 3),
-    per_group=st.integers(1, 3),
-    size=st.integers(1, 5),
-    tile=st.integers(1, 10),
-)
-def test_attention_is_its_definition_whatever_the_tiles(batch, t, earlier, groups, per_group, size, tile):
-    q, dy = draw(batch, t, groups * per_group, size), draw(batch, t, groups * per_group, size, seed=1)
-    k, v = draw(batch, t + earlier, groups, size, seed=2), draw(batch, t + earlier, groups, size, seed=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "TILE", tile)
-        y, cache = attention_forward(q, k, v)
-        grads = attention_backward(dy, cache)
-    np.testing.assert_allclose(y, attention_by_definition(q, k, v), rtol=1e-12, atol=1e-13)
-    for grad, expected in zip(grads, attention_backward_by_definition(dy, cache), strict=True):
-        np.testing.assert_allclose(grad, expected, rtol=1e-11, atol=1e-12)
-
-
-def test_attention_past_the_real_tile():
-    t = functional.TILE + 5
-    q, k, v, dy = (
-        draw(1, t, 4, 6),
-        draw(1, t + 3, 2, 6),
-        draw(1, t + 3, 2, 6, seed=1),
-        draw(1, t, 4, 6, seed=1),
-    )
-    y, cache = attention_forward(q, k, v)
-    np.testing.assert_allclose(y, attention_by_definition(q, k, v), rtol=1e-11, atol=1e-13)
-    for grad, expected in zip(attention_backward(dy, cache), attention_backward_by_definition(dy, cache), strict=True):
-        np.testing.assert_allclose(grad, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_no_query_sees_a_later_key(monkeypatch):
-    monkeypatch.setattr(functional, "TILE", 3)
-    q, k, v = draw(2, 7, 4, 6), draw(2, 9, 2, 6), draw(2, 9, 2, 6, seed=1)
-    y, _ = attention_forward(q, k, v)
-    for t in range(7):
-        other_k, other_v = k.copy(), v.copy()
-        other_k[:, t + 3 :], other_v[:, t + 3 :] = 1e3, np.inf  # query t stands at position 9 - 7 + t
-        with np.errstate(invalid="ignore"):  # 0 * inf, in rows that are not looked at
-            changed, _ = attention_forward(q, other_k, v)
-        assert np.array_equal(changed[:, : t + 1], y[:, : t + 1])
-        if t < 6:
-            assert not np.allclose(changed[:, t + 1 :], y[:, t + 1 :])
-
-
-def test_attention_scores_may_be_huge():
-    q, k, v = (1e3 * draw(2, 5, 4, 6)).astype(np.float32), draw(2, 5, 2, 6), draw(2, 5, 2, 6, seed=1)
-    y, cache = attention_forward(q, k.astype(np.float32), v.astype(np.float32))
-    np.testing.assert_allclose(y, attention_by_definition(q.astype(np.float64), k, v), atol=1e-3)
-    assert all(np.isfinite(grad).all() for grad in attention_backward(np.ones_like(q), cache))
+def test_layernorm_of_equal_elements_is_the_bias():
+    x, weight, bias = np.full((2, 4), 7, np.float32), np.ones(4, np.float32), np.arange(4, dtype=np.float32)
+    y, cache = layernorm_forward(x, weight, bias, 1e-6)
+    assert np.array_equal(y, np.broadcast_to(bias, (2, 4)))
+    dx, dweight, dbias = layernorm_backward(np.ones_like(x), cache)
+    assert (dx == 0).all()  # a shift of the whole row changes nothing
+    assert (dweight == 0).all()
+    assert (dbias == 2).all()
 
 
 # ---- SwiGLU ------------------------------------------------------------------------------------------------
@@ -217,6 +130,50 @@ def test_swiglu_of_huge_gates_is_exact_and_warns_of_nothing():
     assert y.tolist() == [0, 0, 0, 600, 3e4]
     assert dgate.tolist() == [0, 0, 3, 6, 6]
     assert dup.tolist() == [0, 0, 0, 400, 2e4]
+
+
+# ---- GELU and GeGLU ----------------------------------------------------------------------------------------
+
+
+def gelu_by_definition(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def test_gelu_is_its_definition():
+    x = 3 * draw(3, 7, 13)
+    y, _ = gelu_forward(x)
+    np.testing.assert_allclose(y, gelu_by_definition(x), rtol=1e-10, atol=1e-15)
+    assert abs(y - x * scipy.stats.norm.cdf(x)).max() < 5e-4  # the tanh stands for the normal distribution
+
+
+def test_geglu_is_its_definition():
+    gate, up = draw(3, 7, 13), draw(3, 7, 13, seed=1)
+    np.testing.assert_allclose(geglu_forward(gate, up)[0], gelu_by_definition(gate) * up, rtol=1e-12, atol=1e-15)
+
+
+def test_gelu_and_geglu_of_huge_inputs_are_exact_and_warn_of_nothing():
+    x = np.array([-1e4, -200, 0, 200, 1e4], np.float32)
+    up, dy = np.full_like(x, 3), np.full_like(x, 2)
+    y, cache = gelu_forward(x)
+    assert y.tolist() == [0, 0, 0, 200, 1e4]
+    assert gelu_backward(dy, cache).tolist() == [0, 0, 1, 2, 2]
+    y, cache = geglu_forward(x, up)
+    dgate, dup = geglu_backward(dy, cache)
+    assert y.tolist() == [0, 0, 0, 600, 3e4]
+    assert dgate.tolist() == [0, 0, 3, 6, 6]
+    assert dup.tolist() == [0, 0, 0, 400, 2e4]
+
+
+# ---- softcap -----------------------------------------------------------------------------------------------
+
+
+def test_softcap_is_its_definition_and_stays_within_the_cap():
+    x = np.concatenate([10 * draw(3, 7), np.full((1, 7), 1e30)])
+    y, cache = softcap_forward(x, 2.5)
+    np.testing.assert_allclose(y, 2.5 * np.tanh(x / 2.5), rtol=1e-14)
+    assert abs(y).max() == 2.5
+    assert (softcap_backward(np.ones_like(x), cache)[-1] == 0).all()
+    np.testing.assert_allclose(softcap_forward(x[:1] / 1e6, 2.5)[0], x[:1] / 1e6, rtol=1e-9)  # small ones pass
 
 
 # ---- cross entropy -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from gradcheck import (
 )
 from mistakes import MISTAKES
 
-from refqlora import functional, model
+from refqlora import attention, layer, model
 from refqlora.functional import cross_entropy
 from refqlora.model import KVCache, Model
 from refqlora.optim import AdamW
@@ -96,19 +96,19 @@ def logits_by_definition(m, tokens):
     logits = []
     for sequence in tokens:
         x = p["model.embed_tokens.weight"][sequence]  # (T, D)
-        for layer in (f"model.layers.{i}." for i in range(config.layers)):
-            n = norm(x, layer + "input_layernorm")
-            q, k, v = (linear(n, f"{layer}self_attn.{name}_proj") for name in "qkv")
+        for at in (f"model.layers.{i}." for i in range(config.layers)):
+            n = norm(x, at + "input_layernorm")
+            q, k, v = (linear(n, f"{at}self_attn.{name}_proj") for name in "qkv")
             heads = []
             for i in range(config.heads):
                 group = i // (config.heads // config.kv_heads)
                 scores = rope(head(q, i)) @ rope(head(k, group)).T / np.sqrt(config.head_dim)
                 weights = np.tril(np.exp(scores - scores.max(1, keepdims=True)))
                 heads.append(weights / weights.sum(1, keepdims=True) @ head(v, group))
-            x = x + linear(np.concatenate(heads, axis=1), layer + "self_attn.o_proj")
-            n = norm(x, layer + "post_attention_layernorm")
-            gate, up = linear(n, layer + "mlp.gate_proj"), linear(n, layer + "mlp.up_proj")
-            x = x + linear(gate / (1 + np.exp(-gate)) * up, layer + "mlp.down_proj")
+            x = x + linear(np.concatenate(heads, axis=1), at + "self_attn.o_proj")
+            n = norm(x, at + "post_attention_layernorm")
+            gate, up = linear(n, at + "mlp.gate_proj"), linear(n, at + "mlp.up_proj")
+            x = x + linear(gate / (1 + np.exp(-gate)) * up, at + "mlp.down_proj")
         logits.append(norm(x, "model.norm") @ p[config.head].T)
     return np.stack(logits)
 
@@ -236,7 +236,7 @@ def test_an_adapter_has_its_matrices_on_its_targets_only():
 
 def test_no_gradient_of_a_frozen_weight_is_ever_formed(monkeypatch):
     m, formed = adapted(attention_bias=True), set()
-    linear_backward = model.linear_backward
+    linear_backward = layer.linear_backward
 
     def recording(dy, cache, train_weight=False):
         dx, grads = linear_backward(dy, cache, train_weight)
@@ -248,6 +248,7 @@ def test_no_gradient_of_a_frozen_weight_is_ever_formed(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "linear_backward", recording)
+        patch.setattr(layer, "linear_backward", recording)
         patch.setattr(model, "embedding_backward", never)
         grads = grads_of(m)
     assert formed == {"lora_A.weight", "lora_B.weight"}
@@ -304,7 +305,7 @@ def test_quantising_takes_the_linears_and_only_once():
 @pytest.mark.parametrize("pieces", [[1] * T, [4, 1, 1, 1], [3, 4], [T]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
 def test_decoding_with_the_cache_equals_the_whole_forward(monkeypatch, pieces, dtype, tolerance):
-    monkeypatch.setattr(functional, "TILE", 3)
+    monkeypatch.setattr(attention, "TILE", 3)
     m = adapted(dtype, attention_bias=True)
     kv = KVCache(m.config, batch=B, capacity=T + 2, dtype=dtype)
     logits, start = [], 0

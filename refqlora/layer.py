@@ -1,0 +1,163 @@
+"""One decoder layer: forward, and the backward that undoes it line by line.
+
+Every architecture goes through the same lines. Where they differ, the line's condition says how; what the parts are
+called, and which there are, is in architectures.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .attention import attention_backward, attention_forward
+from .backend import Array, array_module
+from .config import Config
+from .functional import (
+    geglu_backward,
+    geglu_forward,
+    gelu_backward,
+    gelu_forward,
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
+from .kv_cache import KVCache
+from .lora import LoRA, Weight, linear_backward, linear_forward
+from .rope import rope_backward, rope_forward
+
+Rope = tuple[Array, Array]  # cos and sin (T, n) of the positions
+
+
+def layer_forward(
+    config: Config,
+    params: Mapping[str, Weight],
+    linears: Callable[[str], tuple[Weight, LoRA | None]],
+    i: int,
+    x: Array,
+    rope: Rope | None,
+    seed: int | None = None,
+    kv: KVCache | None = None,
+) -> tuple[Array, dict]:
+    """Layer `i`: x += attention(norm(x)); x += mlp(norm(x)). x (B, T, D) -> (B, T, D), cache.
+
+    linears: the weight of the linear of a name, and its adapter if it has one; seed: of its dropout, which is off
+    without one.
+    """
+    a, layer = config.architecture, f"{config.architecture.layers}{i}."
+    rng = None if seed is None else np.random.default_rng(seed)
+    cache: dict[str, tuple] = {}
+
+    def linear(name: str, x: Array) -> Array:
+        weight, lora = linears(layer + name)
+        y, cache[name] = linear_forward(x, weight, params.get(layer + name + ".bias"), lora, rng)
+        return y
+
+    def project(names: Sequence[str], x: Array, sizes: Sequence[int]) -> list[Array]:
+        """A linear for each size, or one linear whose output holds them side by side."""
+        if len(names) == len(sizes):
+            return [linear(name, x) for name in names]
+        return array_module(x).split(linear(names[0], x), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+
+    def norm(name: str, x: Array) -> Array:
+        y, cache[name] = norm_forward(config, params, layer + name, x)
+        return y
+
+    n = norm(a.attention_norm, x)
+    qkv = project(a.qkv, n, config.qkv_sizes)
+    q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in qkv)  # (B, T, H or K, h)
+    if a.qk_norm:
+        q, k = norm(a.qk_norm[0], q), norm(a.qk_norm[1], k)
+    if rope is not None:
+        q, k = rope_forward(q, *rope), rope_forward(k, *rope)
+    if kv is not None:
+        k, v = kv.extend(i, k, v)  # (B, S, K, h)
+    scale, window, softcap = config.attention_scale(i), config.window(i), config.attn_logit_softcapping
+    y, cache["attention"] = attention_forward(q, k, v, scale=scale, window=window, softcap=softcap)  # (B, T, H, h)
+    y = linear(a.attention_out, y.reshape(*x.shape[:2], -1))  # (B, T, D)
+    if a.attention_post_norm:
+        y = norm(a.attention_post_norm, y)
+    x = x + y
+
+    n = norm(a.mlp_norm, x)
+    parts = project(a.mlp_in, n, config.mlp_sizes)  # gate and up, or the one: (B, T, F) each
+    if not a.gated:
+        y, cache["activation"] = gelu_forward(*parts)
+    elif config.activation == "silu":
+        y, cache["activation"] = swiglu_forward(*parts)
+    else:
+        y, cache["activation"] = geglu_forward(*parts)
+    y = linear(a.mlp_out, y)  # (B, T, D)
+    if a.mlp_post_norm:
+        y = norm(a.mlp_post_norm, y)
+    return x + y, cache
+
+
+def layer_backward(
+    config: Config, i: int, dx: Array, cache: dict, rope: Rope | None, grads: dict[str, Array], full: bool
+) -> Array:
+    """The lines of `layer_forward` from the last to the first. dx (B, T, D) of its output -> of its input.
+
+    The gradients of the layer's parameters go into `grads`: the adapter's, and with `full` the base's.
+    """
+    a, layer = config.architecture, f"{config.architecture.layers}{i}."
+
+    def linear(name: str, dy: Array) -> Array:
+        dx, dparams = linear_backward(dy, cache[name], full)
+        grads.update({f"{layer}{name}.{key}": value for key, value in dparams.items()})
+        return dx
+
+    def project(names: Sequence[str], dparts: Sequence[Array]) -> Array:
+        if len(names) < len(dparts):
+            dparts = [array_module(dx).concatenate(dparts, axis=-1)]
+        dn = linear(names[0], dparts[0])
+        for name, dpart in zip(names[1:], dparts[1:], strict=True):
+            dn += linear(name, dpart)  # n went into each
+        return dn
+
+    def norm(name: str, dy: Array) -> Array:
+        dx, dparams = norm_backward(config, dy, cache[name])
+        if full:
+            grads.update({f"{layer}{name}.{key}": value for key, value in dparams.items()})
+        return dx
+
+    dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx
+    dy = linear(a.mlp_out, dy)  # (B, T, F)
+    if not a.gated:
+        dparts = (gelu_backward(dy, cache["activation"]),)
+    elif config.activation == "silu":
+        dparts = swiglu_backward(dy, cache["activation"])
+    else:
+        dparts = geglu_backward(dy, cache["activation"])
+    dn = project(a.mlp_in, dparts)
+    dx = dx + norm(a.mlp_norm, dn)  # the residual stream passes the gradient on as it is, and the branch adds its own
+
+    dy = norm(a.attention_post_norm, dx) if a.attention_post_norm else dx
+    dy = linear(a.attention_out, dy).reshape(*dx.shape[:2], -1, config.head_dim)  # (B, T, H, h)
+    dq, dk, dv = attention_backward(dy, cache["attention"])
+    if rope is not None:
+        dq, dk = rope_backward(dq, *rope), rope_backward(dk, *rope)
+    if a.qk_norm:
+        dq, dk = norm(a.qk_norm[0], dq), norm(a.qk_norm[1], dk)
+    dn = project(a.qkv, [part.reshape(*dx.shape[:2], -1) for part in (dq, dk, dv)])
+    return dx + norm(a.attention_norm, dn)
+
+
+def norm_forward(config: Config, params: Mapping[str, Array], name: str, x: Array) -> tuple[Array, tuple]:
+    """The architecture's norm of x (..., D), with the parameters of this name -> (..., D), cache."""
+    weight = params[name + ".weight"]
+    if config.architecture.layernorm:
+        return layernorm_forward(x, weight, params[name + ".bias"], config.eps)
+    return rmsnorm_forward(x, 1 + weight if config.architecture.norm_of_one_plus else weight, config.eps)
+
+
+def norm_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, dict[str, Array]]:
+    """dy (..., D) -> dx (..., D), and the gradients of the norm's "weight" and "bias". (Of 1 + w, dw is the same.)"""
+    if config.architecture.layernorm:
+        dx, dweight, dbias = layernorm_backward(dy, cache)
+        return dx, {"weight": dweight, "bias": dbias}
+    dx, dweight = rmsnorm_backward(dy, cache)
+    return dx, {"weight": dweight}

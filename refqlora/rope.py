@@ -1,0 +1,176 @@
+"""Rotary position embeddings (RoPE): a position turns the pairs of a head's elements, each by an angle of its own.
+
+The angle is position * frequency (Su et al. 2021, section 3.4). Models that read further than they were first trained
+for scale the frequencies; the kinds of scaling, and their names, are those of transformers' modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, array_module
+
+# For each rope_type, what its parameters must hold and what they may.
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        ("factor", "short_factor", "long_factor", "original_max_position_embeddings"),
+        ("attention_factor",),
+    ),
+}
+
+
+def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
+    """Raise ValueError for a scaling of frequencies that is not supported, or whose parameters are not what it takes.
+
+    pairs: how many pairs of elements turn, which is how many factors "longrope" takes.
+    """
+    kind = scaling.get("rope_type")
+    if kind not in SCALINGS:
+        supported = ", ".join(f'"{name}"' for name in ("default", *SCALINGS))
+        raise ValueError(f'RoPE of type "{kind}" is not supported; supported: {supported}')
+    required, optional = SCALINGS[kind]
+    for key in required:
+        if key not in scaling:
+            raise ValueError(f'RoPE of type "{kind}" has no "{key}"')
+    for key in (*required, *optional):
+        value = scaling.get(key, 1)
+        if key in ("short_factor", "long_factor"):
+            if not isinstance(value, list | tuple) or len(value) != pairs or not all(map(_positive, value)):
+                raise ValueError(f'RoPE\'s "{key}" must be {pairs} positive numbers, not {value!r}')
+        elif not _positive(value) and key != "truncate":
+            raise ValueError(f'RoPE\'s "{key}" must be a positive number, not {value!r}')
+    if kind == "dynamic" and pairs < 2:
+        raise ValueError('RoPE of type "dynamic" takes two pairs of elements or more')
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError('RoPE\'s "high_freq_factor" must be above its "low_freq_factor"')
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def rope_frequencies(
+    theta: float,
+    dim: int,
+    dtype: Any,
+    scaling: Mapping[str, Any] | None = None,
+    length: int = 1,
+    max_positions: int = 1,
+) -> tuple[np.ndarray, float]:
+    """-> the frequency of each pair (ceil(dim/2),), and the factor by which cos and sin are multiplied.
+
+    Without scaling theta^(-2i/dim) (Su et al. 2021, eq. 15) and 1. length: the number of positions, those before
+    the first included; "dynamic" and "longrope" depend on it. max_positions: the context of the model, for "dynamic".
+    Each step is rounded to float32, as in transformers, unless dtype is float64: at position 100,000 the last bit of a
+    frequency shows in the logits.
+    """
+    dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    exponents = np.arange(0, dim, 2).astype(dtype) / dim
+    s = scaling or {}
+    match s.get("rope_type"):
+        case "linear":  # positions squeezed by the factor (Chen et al. 2023)
+            return 1 / theta**exponents / s["factor"], 1.0
+        case "dynamic":  # a larger theta for a longer text ("NTK-aware", Peng et al. 2023, section 3.3)
+            longer = np.asarray(max(length, max_positions), dtype)
+            stretch = s["factor"] * longer / max_positions - (s["factor"] - 1)
+            return 1 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
+        case "llama3":
+            return _llama3(1 / theta**exponents, s), 1.0
+        case "yarn":
+            return _yarn(theta**exponents, theta, dim, s)
+        case "longrope":
+            return _longrope(theta**exponents, s, length)
+    return 1 / theta**exponents, 1.0
+
+
+def _llama3(frequencies: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
+    """Long waves divided by the factor, short ones kept, smoothly between (Llama 3.1's rope scaling)."""
+    factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
+    context = s["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    return np.where(
+        wavelength > context / low, frequencies / factor, np.where(wavelength < context / high, frequencies, between)
+    )
+
+
+def _yarn(wavelengths: np.ndarray, theta: float, dim: int, s: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """As `_llama3`, the border given by how often a pair turns in the context; sharper attention (Peng et al. 2023,
+    sections 3.2 and 3.4). wavelengths: theta^(2i/dim)."""
+    factor, context = s["factor"], s["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:  # the one that turns so often in the context
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(s.get("beta_fast", 32)), pair(s.get("beta_slow", 1))
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2).astype(wavelengths.dtype) - low) / (high - low or 0.001)
+    keep = 1 - np.clip(ramp, 0, 1)
+    frequencies = 1 / (factor * wavelengths) * (1 - keep) + 1 / wavelengths * keep
+
+    def sharper(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if "attention_factor" in s:
+        return frequencies, s["attention_factor"]
+    if "mscale" in s and "mscale_all_dim" in s:
+        return frequencies, sharper(s["mscale"]) / sharper(s["mscale_all_dim"])
+    return frequencies, sharper(1)
+
+
+def _longrope(wavelengths: np.ndarray, s: Mapping[str, Any], length: int) -> tuple[np.ndarray, float]:
+    """A searched factor for each pair, of one set in the original context and another beyond it (Ding et al. 2024)."""
+    context, factor = s["original_max_position_embeddings"], s["factor"]
+    factors = np.asarray(s["long_factor" if length > context else "short_factor"], wavelengths.dtype)
+    sharper = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return 1 / (factors * wavelengths), s.get("attention_factor", sharper)
+
+
+def rope_tables(positions: Array, frequencies: Array, dtype: Any, factor: float = 1.0) -> tuple[Array, Array]:
+    """cos and sin of position * frequency, times `factor`. positions (T,), frequencies (n,) -> two tables (T, n).
+
+    The angle is a float32 product, as in transformers: at position 100,000 its rounding shows in the logits.
+    A float64 model takes float64 angles.
+    """
+    xp = array_module(positions)
+    angle_dtype = xp.float64 if dtype == xp.float64 else xp.float32
+    angles = positions.astype(angle_dtype)[:, None] * xp.asarray(frequencies, angle_dtype)  # (T, n)
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs (x[i], x[i + n]), i < n, by their position's angle; what is beyond 2 n elements stays.
+
+    x (B, T, H, h), cos, sin (T, n), n = h/2 unless a part of each head turns -> (B, T, H, h). The halves are paired as
+    in transformers, (i, i + n); the paper pairs neighbours.
+    """
+    n = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, n): the same for every head
+    x1, x2 = x[..., :n], x[..., n : 2 * n]
+    y = array_module(x).empty_like(x)
+    y[..., :n] = x1 * cos - x2 * sin
+    y[..., n : 2 * n] = x2 * cos + x1 * sin
+    y[..., 2 * n :] = x[..., 2 * n :]
+    return y
+
+
+def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    """dy (B, T, H, h) -> dx: a rotation's transpose is the rotation by the negative angle."""
+    return rope_forward(dy, cos, -sin)
