@@ -216,8 +216,8 @@ def observe_adamw(seed: int, size: int) -> Observed:
     """STEPS updates with random gradients, and the state after them; the weight decay is for the matrix alone."""
     from . import oracles
 
-    rng, n = np.random.default_rng(seed), max(40, size // 100)
-    shapes = {"matrix": (n // 20, 20), "norm": (max(3, n // 30),)}
+    rng, n = np.random.default_rng(seed), size // 100
+    shapes = {"matrix": (10 + n // 20, 20), "norm": (37 + n // 30,)}
     draw = partial(_draw, rng, shapes)
     start, grads = draw(1.0), [draw(0.01) for _ in range(STEPS)]
     observed = _named("start", start)
