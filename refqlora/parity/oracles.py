@@ -42,18 +42,42 @@ def round_to_bfloat16(model: Any) -> Any:
     return model
 
 
+def set_apart(model: Any, rank: int) -> Any:
+    """Make all but the largest singular value of each linear's weight smaller, in place, so that the `rank` largest
+    stand apart. Where two of them nearly agree, rounding decides which direction PiSSA takes."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and "_proj" in name:
+                u, s, vt = torch.linalg.svd(p.double(), full_matrices=False)
+                s *= torch.clamp(1 - 0.5 * torch.arange(len(s)) / rank, min=0.5)  # 1, ..., 0.5 from rank on
+                p.copy_(u * s @ vt)
+    return model
+
+
 def their_adapter(base: Any, config: dict[str, Any], b_is_zero: bool = False, seed: int = 1) -> Any:
-    """PEFT's model of `base` with an adapter, in train mode. B is random, of order 0.1, unless it is to be zero or its
-    initialisation makes it something else."""
+    """PEFT's model of `base` with an adapter, in train mode: as it starts if B is to be zero, else with every B,
+    every magnitude of DoRA, and A and B of PiSSA and OLoRA moved at random."""
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(**config, lora_dropout=0.0, task_type="CAUSAL_LM"))
     model.train()
-    if not b_is_zero and config.get("init_lora_weights", True) is True:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(0, 0.1)
+    if b_is_zero:
+        return model
+    from_weight = config.get("init_lora_weights", True) is not True
+    with torch.no_grad():
+        for name, p in trained(model):
+            if "magnitude" in name:
+                p.mul_(torch.rand_like(p) + 0.5)
+            elif from_weight:
+                p.add_(0.02 * torch.randn_like(p))
+            elif "lora_B" in name:
+                p.normal_(0, 0.1)
     return model
+
+
+def residuals(theirs: Any) -> dict[str, np.ndarray]:
+    """{name as here: the weight that an adapter of PEFT's sits on}, which PiSSA and OLoRA have changed."""
+    weights = [(name, p) for name, p in theirs.named_parameters() if name.endswith("base_layer.weight")]
+    return {name.replace(".base_layer", ""): p for name, p in arrays(weights).items()}
 
 
 def their_4bit(path: Path, double_quant: bool) -> Any:

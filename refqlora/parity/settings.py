@@ -46,8 +46,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "some-targets": LORA | {"target_modules": ["q_proj", "v_proj"]},
     "regex-targets": LORA | {"target_modules": r".*\.1\.(self_attn\.k_proj|mlp\.(gate|down)_proj)"},
     "dora": LORA | {"use_dora": True},
-    "pissa": LORA | {"init_lora_weights": "pissa"},
-    "olora": LORA | {"init_lora_weights": "olora"},
+    "pissa": LORA | {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]},
+    "olora": LORA | {"init_lora_weights": "olora", "target_modules": ["k_proj", "up_proj"]},
 }
 
 B, T = 4, 11  # sequences and tokens of a batch
