@@ -156,6 +156,8 @@ def in_place(w, block_size):
 
 
 FAULTS = {
+    "exits": (lambda w, b: sys.exit(3), "raised SystemExit: 3"),
+    "another signature": (lambda w: None, "raised TypeError: "),
     "raises": (raises, "raised RuntimeError: no such device"),
     "in place": (in_place, "its argument 1 is changed"),
     "one value": (lambda w, b: right.quantize(w, b)[0], "returned 1 values where (packed, absmax) is expected"),
@@ -280,6 +282,7 @@ def test_the_command_on_a_dotted_name(tmp_path):
         ("quantize = 3", "has none of the functions"),
         ("import no_such_module_at_all", "cannot be imported: ModuleNotFoundError"),
         ("def f(:", "cannot be imported: SyntaxError"),
+        ("exit(0)", "cannot be imported: SystemExit"),
         (None, "no such file"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from typing import Any
 
 from ..parity import kit
@@ -45,8 +46,10 @@ def add(commands: Any) -> None:
     )
     options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
     options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.epilog = PROTOCOL
+    options.formatter_class = argparse.RawDescriptionHelpFormatter  # so that the protocol keeps its lines
+    options.description = textwrap.fill(options.description, 100)
+    names = textwrap.fill(", ".join(check.name for check in CHECKS), 100, initial_indent="  ", subsequent_indent="  ")
+    options.epilog = f"{PROTOCOL}\nthe checks:\n{names}"
 
 
 def size(text: str) -> int:

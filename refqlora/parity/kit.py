@@ -40,10 +40,11 @@ class Finding:
     case: str
     what: str
     cause: str = ""
+    fault: bool = False  # it raised, or what it returned could not be compared
 
     def __str__(self) -> str:
-        cause = f"likely cause: {self.cause}" if self.cause else "no known cause fits"
-        return f"{self.function} · {self.case} · {self.what} · {cause}"
+        cause = f" · likely cause: {self.cause}" if self.cause else "" if self.fault else " · no known cause fits"
+        return f"{self.function} · {self.case} · {self.what}{cause}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Report:
                 yield str(finding)
         for cause, count in seen.items():
             if count > shown:
-                yield f"{self.function} · {count - shown} more like it · {cause or 'no known cause fits'}"
+                yield f"{self.function} · {count - shown} more like it{f' · {cause}' if cause else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +93,7 @@ def load_kernel(name: str) -> ModuleType:
                 module = importlib.import_module(name)
     except FileNotFoundError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}") from None
     if not offered(module):
         raise ValueError(f"{name}: has none of the functions {', '.join(FUNCTIONS)}")
@@ -121,7 +122,7 @@ def _call(function: Any, trial: Trial) -> None:
     try:
         with np.errstate(all="ignore"), contextlib.redirect_stdout(sys.stderr):
             found = function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trial.fault = f"raised {in_one_line(error, ())}"
         return
     for i, (given, was) in enumerate(zip(arguments, before, strict=True)):
@@ -195,16 +196,18 @@ def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any])
 
 def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
     function = calls[0].function if calls else ""
-    if function.startswith("lora"):
+    lora, only = function.startswith("lora"), ""
+    if lora:
         causes = {name: explain_lora(calls, name) for t in calls[:1] for name in t.expected if _any_wrong(calls, name)}
+        # What fits the calls that went through is why others did not: a matrix transposed, as when in = out.
+        only = next(iter(causes.values())) if len(set(causes.values())) == 1 else ""
     else:
         causes = explain(calls)
-    only = next(iter(causes.values())) if len(set(causes.values())) == 1 else ""
     for i, trial in enumerate(calls):
-        if trial.fault:  # what fits the calls that went through may well be why others did not
-            yield Finding(function, trial.case, trial.fault, trial.cause or only)
+        if trial.fault:
+            yield Finding(function, trial.case, trial.fault, trial.cause or only, fault=True)
         for name in trial.wrong():
-            cause = causes[name] if function.startswith("lora") else causes.get(i, "")
+            cause = causes[name] if lora else causes.get(i, "")
             yield Finding(function, trial.case, _difference(trial, name), cause)
 
 
