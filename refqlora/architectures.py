@@ -169,4 +169,4 @@ def _turned(config: Any, name: str, tensor: Any) -> Any:
     linear = name.removesuffix(".weight")
     if not config.architecture.conv1d or linear == name or linear not in config.linears():
         return tensor
-    return np.ascontiguousarray(tensor.T) if isinstance(tensor, np.ndarray) else tensor
+    return tensor.T if isinstance(tensor, np.ndarray) else tensor

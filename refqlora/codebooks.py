@@ -112,6 +112,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
 NF4 = normal_float(4)
 FP4 = fp4()
 INT4 = int4()
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}  # those of 4 bits, by the names that options take
 DYNAMIC = dynamic_map(signed=True)
 
 

@@ -16,7 +16,6 @@ from .rope import SCALINGS
 _DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}  # Llama's, and of most
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _UNSUPPORTED = {  # what would change the numbers
-    "quantization_config": "a checkpoint that is quantised already is not supported; load the original",
     "add_cross_attention": "add_cross_attention is not supported",
     "use_bidirectional_attention": "use_bidirectional_attention is not supported",
 }

@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .functional import IGNORE
+from .hub import model_directory
 
 PAD = 0  # any token will do: it stands right of all that counts, where causal attention cannot see it
 ROLES = ("system", "user", "assistant")
@@ -128,17 +129,20 @@ def _expect_fields(value: object, where: str, **types: type) -> None:
 # ---- tokenizers ------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in `path`, tokenizer.json or the directory that holds it, without truncation or padding.
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in `path`, tokenizer.json or the model (directory or hub's id) it is of; no truncation or padding.
 
-    Raises FileNotFoundError if there is none, ValueError if it cannot be read.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read or has a token of `vocab_size` or more.
     """
-    path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+    path = Path(path) if Path(path).is_file() else model_directory(path) / "tokenizer.json"
     data = path.read_bytes()
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no other
         raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if vocab_size is not None and last >= vocab_size:
+        raise ValueError(f"{path}: {tokenizer.id_to_token(last)!r} is token {last}, past the model's {vocab_size}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -166,15 +170,11 @@ def train_bpe(documents: list[Document], vocab_size: int) -> Tokenizer:
         raise ValueError(f"vocab_size: expected 257 (bytes and {END_OF_TEXT}) or more, found {vocab_size}")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"), byte_level]
-    )
+    pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_level.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     return tokenizer
@@ -255,8 +255,8 @@ class Dataset:
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Which of n sequences make up the batch of `step` (from 0), (batch_size,) int64.
 
-    A pure function, so that a run resumed at a step goes on with the same data. Each epoch is a permutation
-    drawn from (seed, epoch); a batch that reaches the end of one goes on into the next.
+    A pure function: a run resumed at a step goes on with the same data. Each epoch is a permutation drawn from (seed,
+    epoch); a batch that reaches the end of one goes on into the next.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // n, positions[-1] // n + 1)

@@ -12,6 +12,7 @@ from .backend import keep_freed_memory
 from .checkpoint import BUNDLED
 from .data import Dataset, load_tokenizer, pack_split, read_jsonl, read_texts, split, tokenize_examples
 from .figures import loss_figure
+from .hub import model_directory
 from .model import Model
 from .training import TrainingConfig, evaluate, train
 
@@ -33,7 +34,7 @@ def finetune(
     out: Path,
     console: Console,
     *,
-    base: Path = BUNDLED,
+    base: str | Path = BUNDLED,
     quantize: bool = True,
     adapter: dict[str, Any],
     training: dict[str, Any],
@@ -44,17 +45,19 @@ def finetune(
 ) -> dict[str, Any]:
     """Train an adapter on `data` and write it, metrics.jsonl, loss.png and a checkpoint to `out`; -> the figures.
 
-    adapter: the options of Model.add_adapter. training: those of TrainingConfig; `epochs` may stand for its steps.
+    base: a model's directory, or its id on the hub, which is what the adapter then names. adapter: the options of
+    Model.add_adapter. training: those of TrainingConfig; `epochs` may stand for its steps.
     Raises ValueError or FileNotFoundError, before anything is trained, for what is wrong with files or options.
     """
     keep_freed_memory()
     seed = training.get("seed", 0)
-    model = Model.from_pretrained(base, quantize="nf4" if quantize else None)
-    tokenizer = load_tokenizer(base)
+    directory = model_directory(base)
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize else None)
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
     eos = model.config.eos_token_id
     eos = eos[0] if isinstance(eos, tuple) and eos else eos
     if not isinstance(eos, int) or not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
-        raise ValueError(f"{base}: a token must end every text: config.json's eos_token_id is {eos}")
+        raise ValueError(f"{base}: a token must end every text: the model's eos_token_id is {eos}")
     max_length = max_length or model.config.max_positions
     if not 1 <= max_length <= model.config.max_positions:
         raise ValueError(f"max length must be 1 to {model.config.max_positions}, the model's context, not {max_length}")

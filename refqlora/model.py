@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import adapters, architectures, checkpoint, files
+from . import adapters, checkpoint, pretrained
 from .backend import Array, array_module
+from .codebooks import CODEBOOKS
 from .config import Config
 from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
+from .head import head_backward, head_forward
 from .kv_cache import KVCache
 from .layer import layer_backward, layer_forward, norm_backward, norm_forward
-from .lora import LoRA, LoraConfig, Weight, init_lora, linear_backward, linear_forward
+from .lora import LoRA, LoraConfig, Weight, init_lora
 from .quantize import QuantizedTensor
-from .quantize import quantize as nf4  # `quantize` is an option's name here
+from .quantize import quantize as to_4_bits  # `quantize` is an option's name here
 from .rope import rope_frequencies, rope_tables
 
 
@@ -41,9 +43,11 @@ class Model:
     trained (pretraining, full fine-tuning), which a quantised base cannot be.
     """
 
-    def __init__(self, config: Config, params: dict[str, Weight]) -> None:
+    def __init__(self, config: Config, params: dict[str, Weight], dtype: Any = None) -> None:
+        """dtype: of all computation (None: the embedding's). 16-bit params are cast to it where they are used."""
         self.config = config
         self.params = params
+        self.dtype = np.dtype(dtype or params[config.architecture.embedding + ".weight"].dtype)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         checkpoint.check_shapes(params, config.shapes(), "the model")
@@ -68,50 +72,35 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, quantize: str | None = None, dtype: Any = np.float32) -> Model:
-        """Load a Hugging Face model directory (config.json and safetensors in 16 or 32 bits).
+        """Load a Hugging Face model: a directory (config.json, safetensors of floats, or bitsandbytes' in 4 bits), or a
+        hub's id: see hub.py.
 
-        Weights are held in `dtype`; with `quantize="nf4"` each linear's weight becomes NF4 with double quantisation
-        as it is read. Embeddings, norms and the output head stay as they are. Raises ValueError or
-        FileNotFoundError naming what is missing, unexpected, misshapen or not supported.
+        Everything is computed in `dtype`, and weights are held in it. With `quantize`, "nf4", "fp4" or "int4", the
+        base is frozen: each linear's weight is double-quantised as it is read; embedding and output head stay in the
+        file's 16 bits, where it has 16, and are cast where they are used. A checkpoint of bitsandbytes is frozen
+        likewise, with the bits of the file, and `quantize` can ask for its own type only. Tensors come one at a time:
+        memory holds at most the largest, as the file has it, beside what is kept.
+
+        The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
+        naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        path = Path(path)
-        if quantize not in (None, "nf4"):
-            raise ValueError(f'quantize must be None or "nf4", not {quantize!r}')
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such directory")
-        config = Config.from_dict(files.read_json(path / "config.json"), where=str(path / "config.json"))
-        shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
-        params: dict[str, Weight] = {}
-        for name, tensor in (architectures.from_file(config, *item) for item in checkpoint.read_model(path)):
-            if name in shapes and tensor.shape != shapes[name]:
-                raise ValueError(f"{path}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
-            params[name] = tensor.astype(dtype)
-            if quantize and name in linears:
-                params[name] = nf4(params[name], name=name)
-        head = params.pop("lm_head.weight", None) if config.tied else None  # some writers keep a copy
-        checkpoint.check_shapes(params, shapes, str(path))
-        if head is not None and not np.array_equal(head, params[config.head]):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
-        return cls(config, {name: params[name] for name in shapes})
+        return cls(*pretrained.load(path, quantize, dtype), dtype)
 
-    def save_pretrained(self, path: str | Path, dtype: Any = np.float32) -> None:
-        """Write config.json and model.safetensors with the weights in `dtype`. Adapters are not included."""
-        path = Path(path)
-        quantized = [name for name, p in self.params.items() if isinstance(p, QuantizedTensor)]
-        if quantized:
-            raise ValueError(f"{quantized[0]} is quantised: only a dense model is saved this way")
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = dict(architectures.to_file(self.config, *item) for item in self.params.items())
-        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-        files.write_tensors(path / "model.safetensors", tensors)
-        files.write_json(path / "config.json", self.config.to_dict(dtype))
+    def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
+        (bytes, or text such as "500MB") and their index. Dense weights are written in `dtype`, quantised ones as
+        bitsandbytes writes them (ValueError for a codebook that it does not have)."""
+        pretrained.save(path, self.config, self.params, dtype, max_shard_size)
 
-    def quantize(self, **options: Any) -> None:
-        """Replace each linear's weight by its NF4 quantisation, in place (`options`: those of `quantize`)."""
+    def quantize(self, kind: str = "nf4", **options: Any) -> None:
+        """Replace each linear's weight by its quantisation to "nf4", "fp4" or "int4", in place (`options`: those of
+        `quantize`). What is quantised already stays as it is."""
+        if kind not in CODEBOOKS:
+            raise ValueError(f"quantize must be one of {', '.join(CODEBOOKS)}, not {kind!r}")
         for name in self.config.linears():
             weight = self.params[name + ".weight"]
             if not isinstance(weight, QuantizedTensor):
-                self.params[name + ".weight"] = nf4(weight, name=name + ".weight", **options)
+                self.params[name + ".weight"] = to_4_bits(weight, CODEBOOKS[kind], name=name + ".weight", **options)
 
     # ---- adapters ----
 
@@ -183,11 +172,6 @@ class Model:
                 raise ValueError(f"{name} is quantised and no adapter is active: there is nothing to train")
         return self.params
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of all computation: the embedding's."""
-        return self.params[self.config.architecture.embedding + ".weight"].dtype
-
     # ---- forward and backward ----
 
     def forward(
@@ -216,6 +200,7 @@ class Model:
             )
         positions = array_module(tokens).arange(start, length)
         x, embedding = embedding_forward(tokens, params[a.embedding + ".weight"])  # (B, T, D)
+        x = x.astype(self.dtype, copy=False)
         if a.scaled_embedding:
             x *= self._embedding_scale
         if a.positions:
@@ -236,7 +221,7 @@ class Model:
         if kv is not None:
             kv.length = length
         x, norm = norm_forward(config, params, a.final_norm, x)
-        logits, head = linear_forward(x, params[config.head])  # (B, T, V)
+        logits, head = head_forward(x, params[config.head])  # (B, T, V)
         softcap = None
         if config.final_logit_softcapping is not None:
             logits, softcap = softcap_forward(logits, config.final_logit_softcapping)
@@ -256,7 +241,7 @@ class Model:
         grads: dict[str, Array] = {}
         if config.final_logit_softcapping is not None:
             dlogits = softcap_backward(dlogits, cache["softcap"])
-        dx, head = linear_backward(dlogits, cache["head"], train_weight=full)
+        dx, head = head_backward(dlogits, cache["head"], train_weight=full)
         dx, dnorm = norm_backward(config, dx, cache["norm"])
         for i in reversed(range(config.layers)):
             layer = cache["layers"][i]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import ml_dtypes
@@ -43,6 +43,7 @@ class QuantizedTensor:
     codebook       float32 (16,), in host memory
     dtype          of the tensor that was quantised
     nested_absmax  float32 (ceil(blocks / 256),), and offset, the mean taken off: only when double-quantised
+    nested_codebook  float32 (256,), in host memory: the dynamic map, or what a file has in its place
     """
 
     packed: Array
@@ -53,19 +54,21 @@ class QuantizedTensor:
     dtype: np.dtype
     nested_absmax: Array | None = None
     offset: np.float32 | None = None
+    nested_codebook: np.ndarray = field(default_factory=lambda: DYNAMIC)
 
     def __post_init__(self) -> None:
         nested = self.nested_absmax is not None
         blocks = _blocks(self.size, self.block_size, "QuantizedTensor")
         fields = {"packed": (np.uint8, -(-self.size // 2)), "codebook": (np.float32, 16)}
+        fields["nested_codebook"] = (np.float32, 256)
         fields["absmax"] = (np.uint8 if nested else np.float32, blocks)
         if nested:
             fields["nested_absmax"] = (np.float32, _blocks(blocks, NESTED_BLOCK))
-        for field, (dtype, size) in fields.items():
-            x = getattr(self, field)
+        for name, (dtype, size) in fields.items():
+            x = getattr(self, name)
             if x.dtype != dtype or x.shape != (size,):
                 expected = f"{np.dtype(dtype)} of shape ({size},), got {x.dtype} of shape {x.shape}"
-                raise ValueError(f"QuantizedTensor of shape {self.shape}: {field} must be {expected}")
+                raise ValueError(f"QuantizedTensor of shape {self.shape}: {name} must be {expected}")
         if nested != (self.offset is not None):
             raise ValueError("QuantizedTensor: nested_absmax and offset go together")
 
@@ -93,7 +96,7 @@ class QuantizedTensor:
         """absmax as float32 (blocks,), the double quantisation undone."""
         if self.nested_absmax is None:
             return self.absmax
-        return dequantize_blockwise(self.absmax, self.nested_absmax, DYNAMIC, NESTED_BLOCK) + self.offset
+        return dequantize_blockwise(self.absmax, self.nested_absmax, self.nested_codebook, NESTED_BLOCK) + self.offset
 
     def __repr__(self) -> str:
         nested = "" if self.nested_absmax is None else ", double-quantised"

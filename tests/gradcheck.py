@@ -3,23 +3,23 @@
     python tests/gradcheck.py        the whole table, every element of every gradient (about a minute)
 
 No two dimensions are equal, so that a wrong axis shows; weights and inputs are of order one, so that no
-gradient is degenerate; attention runs in several tiles, of which the last is partial. The error of a gradient
-is the largest over its elements, each relative to its own size or, where that is smaller, to the root mean
-square of the gradient.
+gradient is degenerate; attention and the head run in several tiles, of which the last is partial. The error of
+a gradient is the largest over its elements, each relative to its own size or, where that is smaller, to the root
+mean square of the gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import numpy as np
 from mistakes import MISTAKES, planted
 
-from refqlora import attention, functional, lora, rope
+from refqlora import attention, functional, head, lora, rope
 from refqlora.config import Config
 from refqlora.lora import LoRA, LoraConfig
 from refqlora.model import Model
@@ -93,14 +93,20 @@ class Check:
         return errors
 
     def _run(self) -> tuple[np.ndarray, Callable]:
-        with patch.object(attention, "TILE", self.tile):
+        with self._tiled():
             y, backward = self.run(**self.inputs)
 
         def tiled_backward(dy: np.ndarray) -> dict[str, np.ndarray]:
-            with patch.object(attention, "TILE", self.tile):
+            with self._tiled():
                 return backward(dy)
 
         return y, tiled_backward
+
+    @contextmanager
+    def _tiled(self) -> Iterator[None]:
+        """Attention and the head run in tiles of `self.tile` rows, of which the last is partial."""
+        with patch.object(attention, "TILE", self.tile), patch.object(head, "TILE", self.tile * D):
+            yield
 
 
 # ---- the operations ----------------------------------------------------------------------------------------
@@ -176,6 +182,19 @@ def linear(train_weight=False, scale=0.0, dropout=0.0, quantized=None):
     return run
 
 
+def output_head(train_weight):
+    def run(x, weight):
+        logits, cache = head.head_forward(x, weight)
+
+        def backward(dy):
+            dx, grads = head.head_backward(dy, cache, train_weight)
+            return {"x": dx} | grads
+
+        return logits, backward
+
+    return run
+
+
 def draw(*shape, seed=0):
     return np.random.default_rng((seed, *shape)).standard_normal(shape)
 
@@ -219,6 +238,8 @@ def operation_checks(count: int | None = 150) -> list[Check]:
         check("softcap", {"x": draw(B, T, V)}, softcap),
         check("cross_entropy", logits, cross_entropy),
         check("cross_entropy, denominator", logits | {"denominator": 5.0}, cross_entropy),
+        check("head, frozen", {"x": x, "weight": draw(V, D)}, output_head(False)),
+        check("head, trained", {"x": x, "weight": draw(V, D)}, output_head(True)),
         check("linear, frozen", dense, linear()),
         check("linear, trained", dense, linear(train_weight=True)),
         check("linear, NF4", {"x": x}, linear(quantized=nf4)),

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from refqlora import attention, functional, layer, lora, model, rope
+from refqlora import attention, functional, head, layer, lora, model, rope
 from refqlora.model import Model
 
 
@@ -249,7 +249,7 @@ def wrong_use(layer_name, keep):
                 dx, grads = inner(dy, cache, train_weight)
                 return keep(dx, grads) if names[id(cache[1])].endswith(layer_name) else (dx, grads)
 
-            with patch.object(model, "linear_backward", forgetful), patch.object(layer, "linear_backward", forgetful):
+            with patch.object(layer, "linear_backward", forgetful):
                 return right(self, dlogits, cache)
 
         return backward
@@ -311,8 +311,21 @@ def without_the_weight(right):
     return backward
 
 
-def no_head_part(dx, grads):
-    return dx, {name: grad * 0 for name, grad in grads.items()}
+def without_the_head_s_part(right):
+    def backward(dlogits, cache, train_weight=False):
+        dx, grads = right(dlogits, cache, train_weight)
+        return dx, {name: grad * 0 for name, grad in grads.items()}
+
+    return backward
+
+
+def last_tile_only(right):
+    def backward(dlogits, cache, train_weight=False):
+        (*_, last), dlast = head._tiles(cache[1]), np.zeros_like(dlogits)
+        dlast[..., last] = dlogits[..., last]
+        return right(dlast, cache)[0], right(dlogits, cache, train_weight)[1]
+
+    return backward
 
 
 def no_mask(adapter, keep):
@@ -411,9 +424,12 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "model: norm of what attention adds skipped": skipped(["attention_post_norm"]),
         "model: norm of what the MLP adds skipped": skipped(["mlp_post_norm"]),
     },
+    "head_backward": {
+        "head: dx of the last tile only": last_tile_only,
+        "model: tied embedding without the head's part": without_the_head_s_part,
+    },
     "backward": {
         "model: v's share of dn forgotten": wrong_use("v_proj.weight", lambda dx, grads: (dx * 0, grads)),
-        "model: tied embedding without the head's part": wrong_use("embed_tokens.weight", no_head_part),
         "model: recomputation draws other dropout masks": new_masks_on_recomputing,
         "model: the embedding's scale forgotten": scale_forgotten,
     },
@@ -425,7 +441,8 @@ MISTAKES = {what: (function, plant) for function, plants in PLANTS.items() for w
 def planted(mistake: str) -> Iterator[None]:
     """The engine with one mistake in it."""
     function, plant = MISTAKES[mistake]
-    owners = [owner for owner in (functional, rope, attention, lora, layer, model, Model) if hasattr(owner, function)]
+    everywhere = (functional, rope, attention, lora, layer, head, model, Model)
+    owners = [owner for owner in everywhere if hasattr(owner, function)]
     assert owners, f"the engine has no {function}"
     with ExitStack() as stack:
         for owner in owners:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -198,8 +199,6 @@ def test_loading_can_quantize(saved):
     for name in linears:
         np.testing.assert_array_equal(rq.dequantize(quantized.params[name]), rq.dequantize(model.params[name]))
     np.testing.assert_array_equal(quantized.forward(TOKENS)[0], model.forward(TOKENS)[0])
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is quantised"):
-        quantized.save_pretrained(saved)
 
 
 def test_what_older_writers_leave_is_no_fault(tmp_path):
@@ -282,15 +281,17 @@ def cut(*args):
 
 @pytest.mark.parametrize(
     ("module", "function", "replacement"),
-    [(files, "save_file", half_written), (os, "fsync", cut), (os, "replace", cut)],
+    [(files, "save_file", half_written), (shutil, "copyfileobj", cut), (os, "fsync", cut), (os, "replace", cut)],
 )
 def test_an_error_in_the_middle_leaves_the_old_file(saved, adapter, monkeypatch, module, function, replacement):
     before = {file: file.read_bytes() for d in (saved, adapter) for file in d.iterdir()}
     monkeypatch.setattr(module, function, replacement)
-    with pytest.raises(Cut):
-        new_model(seed=2).save_pretrained(saved)
-    with pytest.raises(Cut):
-        with_adapter(new_model(), rank=2).save_adapter(adapter)
+    if module is not files:
+        with pytest.raises(Cut):
+            new_model(seed=2).save_pretrained(saved)
+    if module is not shutil:
+        with pytest.raises(Cut):
+            with_adapter(new_model(), rank=2).save_adapter(adapter)
     if module is os:
         with pytest.raises(Cut):
             files.write_json(saved / "config.json", {})
@@ -472,8 +473,10 @@ def test_a_spoilt_model_is_refused_by_name(saved, spoil, said, quantize):
         assert part in message
 
 
-def test_quantize_is_nf4_or_nothing(saved):
-    assert "\"nf4\", not 'int8'" in complaint(lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved)
+def test_quantize_is_a_codebook_or_nothing(saved):
+    assert "nf4, fp4, int4, not 'int8'" in complaint(
+        lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -17,7 +17,7 @@ import refqlora as rq
 from refqlora import cli, finetune
 from refqlora.checkpoint import BUNDLED
 
-COMMANDS = ("demo", "finetune", "generate", "pretrain")
+COMMANDS = ("demo", "finetune", "generate", "quantize", "inspect", "pretrain")
 ROOT = Path(__file__).parent.parent
 
 
@@ -52,7 +52,7 @@ def test_help_tells_every_option_and_its_default(command, capsys, monkeypatch):
     out = " ".join(capsys.readouterr().out.split())
     for action in commands()[command]._actions:
         assert action.help, action.dest
-        assert action.option_strings[-1] in out
+        assert (action.option_strings or [action.metavar])[-1] in out
         about = out[out.index(action.help.split("%")[0][:40].strip()) :][:200]
         if action.default not in (None, False, "==SUPPRESS==") and action.default != BUNDLED:
             assert f"(default: {action.default})" in about
@@ -97,7 +97,7 @@ def test_every_option_of_finetune_arrives(recorded):
     training = {"steps": 7, "batch_size": 8, "micro_batch_size": 2, "lr": 0.25, "schedule": "linear", "warmup": 1}
     training |= {"weight_decay": 0.125, "max_grad_norm": 9.0, "eval_every": 12, "checkpoint_every": 13}
     assert options == {
-        "base": Path("m"),
+        "base": "m",
         "quantize": False,
         "adapter": {"rank": 3, "alpha": 5.0, "dropout": 0.5, "targets": ("q_proj", "v_proj"), "rslora": True},
         "training": {**training, "recompute": True, "seed": 14},
@@ -181,7 +181,7 @@ def prepared(tmp_path_factory):
         "empty-end": {"eos_token_id": []},
         "far-end": {"eos_token_id": 300},
         "word-end": {"eos_token_id": "the end"},
-        "gpt": {"model_type": "gpt2"},
+        "mamba": {"model_type": "mamba"},
         "headless": {"num_attention_heads": 0},
         "wider": {"hidden_size": 48},
     }.items():
@@ -241,23 +241,26 @@ BAD = [
     (FINETUNE + "--data mute.jsonl", "mute.jsonl:1: expected a completion, found an empty one"),
     (FINETUNE + "--data one.jsonl", "nothing left to train on: 1 of 1"),
     (FINETUNE + "--model missing", "missing: no such directory"),
-    (FINETUNE + "--model text.txt", "text.txt: no such directory"),
+    (FINETUNE + "--model text.txt", "text.txt: is a file; a model is the directory"),
     (FINETUNE + "--model nothing", "nothing/config.json: no such file"),
     (FINETUNE + "--model broken-config", "broken-config/config.json: not valid JSON"),
     (FINETUNE + "--model listed-config", "listed-config/config.json: expected a JSON object, found list"),
     (FINETUNE + "--model no-config", "no-config/config.json: no such file"),
-    (FINETUNE + "--model gpt", 'gpt/config.json: model_type "gpt2" is not supported'),
+    (FINETUNE + "--model mamba", 'mamba/config.json: model_type "mamba" is not supported'),
     (FINETUNE + "--model headless", "headless/config.json: "),
-    (FINETUNE + "--model wider", "wider: .* has shape .*, the config says"),
+    (FINETUNE + "--model wider", r"wider: model\.\S+ has shape \(.*\), expected \("),
     (FINETUNE + "--model no-weights", "no-weights/model.safetensors: no such file"),
     (FINETUNE + "--model cut-weights", "cut-weights/model.safetensors: not a valid safetensors file"),
     (FINETUNE + "--model huge-header", "huge-header/model.safetensors: not a valid safetensors file"),
     (FINETUNE + "--model no-tokenizer", "no-tokenizer/tokenizer.json"),
     (FINETUNE + "--model broken-tokenizer", "broken-tokenizer/tokenizer.json: not a file of the tokenizers library"),
-    (FINETUNE + "--model no-end", "no-end: a token must end every text: config.json's eos_token_id is None"),
+    (FINETUNE + "--model no-end", "no-end: a token must end every text: the model's eos_token_id is None"),
     (FINETUNE + "--model empty-end", r"empty-end: a token must end every text: .* is \(\)"),
     (FINETUNE + "--model far-end", "far-end: a token must end every text: .* is 300"),
-    (FINETUNE + "--model word-end", "word-end: a token must end every text: .* is the end"),
+    (
+        FINETUNE + "--model word-end",
+        'word-end/config.json: eos_token_id must be a token or a list of tokens, not "the end"',
+    ),
     (FINETUNE + "--targets attention", "target attention matches no linear; there are: down_proj, gate_proj,"),
     (FINETUNE + "--targets q_proj,lm_head", "target lm_head matches no linear"),
     (FINETUNE + "--rank 0", "--rank: must be a whole number of 1 or more, not 0"),
@@ -446,4 +449,8 @@ def test_a_prompt_from_the_pipe(place):
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("Zoë\n")
     run = subprocess.run([*argv, "--model", "no"], capture_output=True, env=environment, encoding="utf-8")
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", "refqlora generate: no: no such directory\n")
+    assert (run.returncode, run.stdout, run.stderr) == (
+        2,
+        "",
+        "refqlora generate: no: no such directory (a model on the Hugging Face hub is written org/name)\n",
+    )

@@ -101,7 +101,6 @@ def test_a_missing_field_is_named_with_the_file(key):
     [
         ({"model_type": "bert"}, 'model_type "bert" is not supported; supported: "llama", "mistral", "qwen2"'),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported'),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised already"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'type "llama3" has no "low_freq_factor"'),
         (
             {"rope_scaling": {"type": "mrope", "factor": 2}},

@@ -236,19 +236,21 @@ def test_an_adapter_has_its_matrices_on_its_targets_only():
 
 def test_no_gradient_of_a_frozen_weight_is_ever_formed(monkeypatch):
     m, formed = adapted(attention_bias=True), set()
-    linear_backward = layer.linear_backward
 
-    def recording(dy, cache, train_weight=False):
-        dx, grads = linear_backward(dy, cache, train_weight)
-        formed.update(grads)
-        return dx, grads
+    def recording(backward):
+        def recorded(dy, cache, train_weight=False):
+            dx, grads = backward(dy, cache, train_weight)
+            formed.update(grads)
+            return dx, grads
+
+        return recorded
 
     def never(*_):
         raise AssertionError("the gradient of the embedding was formed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "linear_backward", recording)
-        patch.setattr(layer, "linear_backward", recording)
+        patch.setattr(model, "head_backward", recording(model.head_backward))
+        patch.setattr(layer, "linear_backward", recording(layer.linear_backward))
         patch.setattr(model, "embedding_backward", never)
         grads = grads_of(m)
     assert formed == {"lora_A.weight", "lora_B.weight"}

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from . import demo, finetune, generate, parity, pretrain
+from . import demo, finetune, generate, inspect, parity, pretrain, quantize
 from .options import Parser
 
 
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite ends training with an error of its own
             return arguments.run(arguments) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
-        print(f"refqlora {arguments.command}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
+        print(f"refqlora {arguments.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last checkpoint" if "resume" in arguments else ""
@@ -34,6 +35,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, parity, pretrain):
+    for module in (demo, finetune, generate, quantize, inspect, parity, pretrain):
         module.add(commands)
     return top

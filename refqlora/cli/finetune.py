@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import BUNDLED
 from ..finetune import finetune
 from ..optim import SCHEDULES
-from .options import command, common, console, count, natural, report
+from .options import command, common, console, count, model, natural, report
 
 
 def add(commands: Any) -> None:
@@ -23,7 +22,7 @@ def add(commands: Any) -> None:
         "completion or the assistant's words only; or a text file, or a directory of them, whose every token counts.",
     )
     options.add_argument("--data", type=Path, required=True, help="a .jsonl file, a text file or a directory of texts")
-    options.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (default: the bundled base)")
+    model(options)
     options.add_argument("--out", type=Path, default=Path("refqlora-adapter"), help="directory to write to")
     options.add_argument("--no-quantize", action="store_true", help="plain LoRA: leave the base in float32")
     group = options.add_argument_group("adapter")

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import BUNDLED
 from ..data import load_tokenizer
 from ..generation import stream
+from ..hub import model_directory
 from ..model import Model
 from .options import command, count, natural
+from .options import model as model_option
 
 
 def add(commands: Any) -> None:
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:
     )
     options.add_argument("--prompt", required=True, help="the text to go on from (\\n: a line's end); - reads stdin")
     options.add_argument("--adapter", type=Path, default=None, help="directory of a PEFT adapter")
-    options.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (default: the bundled base)")
+    model_option(options)
     options.add_argument("--no-quantize", action="store_true", help="leave the base in float32")
     options.add_argument("--max-new-tokens", type=count, default=100, help="tokens to write at the most")
     options.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
@@ -36,8 +37,9 @@ def add(commands: Any) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    model = Model.from_pretrained(a.model, quantize=None if a.no_quantize else "nf4")
-    tokenizer = load_tokenizer(a.model)
+    directory = model_directory(a.model)
+    model = Model.from_pretrained(directory, quantize=None if a.no_quantize else "nf4")
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
     if a.adapter is not None:
         model.load_adapter(a.adapter)
     prompt = sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n")

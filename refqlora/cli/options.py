@@ -36,6 +36,16 @@ def command(commands: Any, name: str, run: Any, text: str, more: str = "") -> ar
     return added
 
 
+def model(command: Any) -> None:
+    command.add_argument(
+        "--model",
+        default=BUNDLED,
+        metavar="DIR|ID",
+        help="a model's directory, or its id on the Hugging Face hub: org/name or org/name@revision (default: the "
+        "bundled base)",
+    )
+
+
 def common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=natural, default=0, help="of everything random")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")

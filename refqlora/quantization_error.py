@@ -1,0 +1,38 @@
+"""How far a quantised tensor is from the original."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .backend import Array, array_module
+from .quantize import CHUNK, QuantizedTensor, dequantize
+
+
+class Error(NamedTuple):
+    """Of w' for w: the sums of (w' - w)^2 and of w^2, and the largest |w' - w|. Those of several tensors add up."""
+
+    squares: float = 0.0
+    weight_squares: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Error) -> Error:
+        a, b = self, other
+        return Error(a.squares + b.squares, a.weight_squares + b.weight_squares, max(a.largest, b.largest))
+
+    @property
+    def relative(self) -> float:
+        """The root mean square error in units of the root mean square of w; 0 where w is 0."""
+        return (self.squares / self.weight_squares) ** 0.5 if self.weight_squares else 0.0
+
+
+def quantization_error(w: Array, q: QuantizedTensor) -> Error:
+    """The error of q, a quantisation of w, summed in float64."""
+    xp = array_module(w)
+    flat, back, total = w.reshape(-1), dequantize(q).reshape(-1), Error()
+    for start in range(0, flat.size, CHUNK):
+        v = flat[start : start + CHUNK].astype(np.float64)
+        e = back[start : start + CHUNK] - v
+        total += Error(float(e @ e), float(v @ v), float(xp.abs(e).max()))
+    return total
