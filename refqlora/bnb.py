@@ -84,7 +84,8 @@ def read_model(directory: Path, config: Mapping[str, Any] | None) -> Iterator[tu
     """`checkpoint.read_model`, with bitsandbytes' weights assembled where there is a quantization_config."""
     if config is None:
         return checkpoint.read_model(directory)
-    return assemble(checkpoint.read_model(directory, FLOATS + INTEGERS), config, str(directory))
+    where = str(checkpoint.weights_file(directory))
+    return assemble(checkpoint.read_model(directory, FLOATS + INTEGERS), config, where)
 
 
 def assemble(

@@ -45,13 +45,14 @@ def outline(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tu
 
 def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path, Entry]]:
     """The file that holds each tensor, and where in it: from the headers of all files, held against the index."""
-    single, index = directory / WEIGHTS, directory / INDEX
-    if single.is_file() or not index.is_file():
-        if not single.is_file() and any(directory.glob("model-*-of-*.safetensors")):
+    file = weights_file(directory)
+    if file.name == WEIGHTS:
+        if not file.is_file() and any(directory.glob("model-*-of-*.safetensors")):
+            index = directory / INDEX
             raise FileNotFoundError(f"{index}: no such file; without it the shards beside it cannot be told whole")
-        return {name: (single, entry) for name, entry in read_weights_header(single, dtypes, BUFFERS).items()}
+        return {name: (file, entry) for name, entry in read_weights_header(file, dtypes, BUFFERS).items()}
     found: dict[str, tuple[Path, Entry]] = {}
-    for shard, names in read_index(index).items():
+    for shard, names in read_index(file).items():
         path = directory / shard
         entries = read_weights_header(path, dtypes, BUFFERS)
         for name, entry in entries.items():
@@ -64,6 +65,12 @@ def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path,
         if missing:
             raise ValueError(f"{path}: lacks {missing[0]}, which {INDEX} says it holds")
     return found
+
+
+def weights_file(directory: Path) -> Path:
+    """The file that makes a directory a model: model.safetensors, or the index of its shards."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    return single if single.is_file() or not index.is_file() else index
 
 
 def read_index(path: Path) -> dict[str, set[str]]:

@@ -95,7 +95,7 @@ def _model(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
     else:
         if quantization is not None:
             facts["quantization_config"] = quantization
-            weights = _assembled(tensors, quantization, str(directory))
+            weights = _assembled(tensors, quantization, str(checkpoint.weights_file(directory)))
         ours = {name: architectures.from_file(config, name, _outline(w)) for name, w in weights.items()}
         spare = {"lm_head.weight"} if config.tied else set()  # some writers keep a copy of the embedding
         found = {name: w for name, w in ours.values() if name not in spare}
@@ -215,7 +215,7 @@ def _adapter(directory: Path, error: bool, progress: Progress) -> dict[str, Any]
     if error and base and (where / "config.json").is_file():
         found = _model_tensors(where)
         config = bnb.quantization_config(read_json(where / "config.json"), str(where / "config.json"))
-        weights = found if config is None else _assembled(found, config, str(where))
+        weights = found if config is None else _assembled(found, config, str(checkpoint.weights_file(where)))
     keys = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
     return {
         "config": {key: d[key] for key in keys if key in d},

@@ -35,7 +35,7 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
     stored = bnb.quantization_config(d, where)
     if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
-        raise ValueError(f"{where}: is quantised already, not to {quantize}: load it with quantize=None")
+        raise ValueError(f"{where}: is quantised already, not to {quantize}: give quantize=None or --no-quantize")
 
     shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
     expected = shapes | ({"lm_head.weight": shapes[config.head]} if config.tied else {})  # some writers keep a copy
@@ -47,7 +47,9 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         name, tensor = architectures.from_file(config, name, tensor)
         if isinstance(tensor, QuantizedTensor):
             if name not in linears | {"lm_head.weight"}:
-                raise ValueError(f"{path}: {name} is quantised, which only a linear's weight may be")
+                raise ValueError(
+                    f"{checkpoint.weights_file(path)}: {name} is quantised, which only a linear's weight may be"
+                )
             params[name] = tensor
         elif quantize and stored is None and name in linears:
             params[name] = to_4_bits(tensor, CODEBOOKS[quantize], name=f"{path}: {name}")

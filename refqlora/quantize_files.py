@@ -82,7 +82,7 @@ def quantize_files(
 
 
 class Row(NamedTuple):
-    """What became of a tensor: bytes before, bits held after (0 if it stayed as it was), and the error."""
+    """What became of a tensor: bytes before; after, of codes and constants; the error, None if it stayed as it was."""
 
     name: str
     size: int

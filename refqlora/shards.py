@@ -113,7 +113,7 @@ class _Shard:
             for size in sorted({size for _, _, size in self.tensors.values()}, reverse=True):
                 gathered = Path(f"{self.path}.{size}")
                 with open(gathered, "rb") as part:
-                    shutil.copyfileobj(part, file, 1 << 20)
+                    shutil.copyfileobj(part, file, 1 << 18)
                 gathered.unlink()
             file.flush()
             os.fsync(file.fileno())

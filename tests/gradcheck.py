@@ -273,7 +273,8 @@ ARCHITECTURES = {
     },
     "gpt2": {
         "activation": "gelu_tanh", "tied": True, "attention_bias": True, "mlp_bias": True, "max_positions": T + 2,
-        "hidden_size": 16, "heads": 4, "kv_heads": 4, "head_dim": 4, "scale_attn_by_inverse_layer_idx": True,
+        "hidden_size": 16, "heads": 4, "kv_heads": 4, "head_dim": 4, "rope_theta": 10000.0,
+        "scale_attn_by_inverse_layer_idx": True,
     },
 }  # fmt: skip
 

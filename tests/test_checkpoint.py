@@ -1,22 +1,22 @@
 """Files in and out: round trips to the bit, no half-written file, and a name in every complaint."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+import streaming
 
 import refqlora as rq
-from refqlora import adapters, files
+from refqlora import adapters, checkpoint, files, head
 
 SIZES = {
     "vocab_size": 37,
@@ -126,34 +126,6 @@ def test_the_public_names():
 
 # ---- round trips ----
 
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
-
-
-@given(
-    st.data(),
-    st.sampled_from(DTYPES),
-    hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5),
-    st.sampled_from(["as it is", "transposed", "every second"]),
-)
-def test_tensors_round_trip(tmp_path_factory, data, dtype, shape, layout):
-    """Any bits at all, NaNs and negative zeros among them, and however they lie in memory."""
-    dtype = np.dtype(dtype)
-    if layout == "every second" and shape:
-        shape = (2 * shape[0], *shape[1:])
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8)
-    x = (raw & 1 if dtype.kind == "b" else raw).view(dtype).reshape(shape)
-    if layout == "transposed":
-        x = x.T
-    elif layout == "every second" and shape:
-        x = x[::2]
-    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
-    files.write_tensors(path, {"a.weight": x, "b": np.ones(3, np.float32)}, {"steps": "7"})
-    found = dict(files.read_tensors(path))
-    assert_same_bits(found, {"a.weight": x, "b": np.ones(3, np.float32)})
-    assert files.read_metadata(path) == {"format": "pt", "steps": "7"}
-
-
 MODELS = {
     "plain": {},
     "tied": {"tied": True},
@@ -199,6 +171,235 @@ def test_loading_can_quantize(saved):
     for name in linears:
         np.testing.assert_array_equal(rq.dequantize(quantized.params[name]), rq.dequantize(model.params[name]))
     np.testing.assert_array_equal(quantized.forward(TOKENS)[0], model.forward(TOKENS)[0])
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sixteen_bits_stay_and_the_logits_are_those_of_a_model_cast_at_once(stored, dtype, tied, tmp_path, monkeypatch):
+    """Cast whole when it was read, and quantised after that: the same to the bit, and so are the gradients."""
+    monkeypatch.setattr(head, "TILE", 13 * 20)  # the head in three tiles
+    new_model(tied=tied, attention_bias=True).save_pretrained(tmp_path, stored)
+    model = rq.Model.from_pretrained(tmp_path, quantize="nf4", dtype=dtype)
+    cast = rq.Model.from_pretrained(tmp_path, dtype=dtype)
+    cast.quantize()
+    kept = stored if np.dtype(stored).itemsize == 2 else dtype
+    assert model.dtype == cast.dtype == dtype
+    for name, p in model.params.items():
+        if not isinstance(p, rq.QuantizedTensor):
+            assert p.dtype == (kept if p.ndim > 1 else dtype), name
+        else:
+            assert p.packed.tobytes() == cast.params[name].packed.tobytes()
+            assert p.absmax.tobytes() == cast.params[name].absmax.tobytes()
+    logits, grads = [], []
+    for m in (model, cast):
+        m.add_adapter(rank=2)
+        assert {p.dtype for p in m.trainable().values()} == {np.dtype(dtype)}
+        y, cache = m.forward(TOKENS)
+        logits.append(y)
+        grads.append(m.backward(np.cos(y), cache))
+    assert logits[0].dtype == dtype
+    np.testing.assert_array_equal(*logits)
+    assert_same_bits(*grads)
+
+
+LARGE = rq.Config(8192, 1024, 4096, layers=2, heads=8, kv_heads=4, head_dim=128)  # matrices of 8 and 16 MiB in bfloat16
+
+
+def peak_of(load):
+    """The most bytes of arrays and objects while `load` runs, and what it returns."""
+    tracemalloc.start()
+    try:
+        result = load()
+        return tracemalloc.get_traced_memory()[1], result
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantising_streams(tied, tmp_path):
+    """Memory's peak is what is held, the largest tensor as the file has it, and what `quantize` works with: no second
+    tensor, no float32 copy."""
+    config = dataclasses.replace(LARGE, tied=tied)
+    streaming.write(config, tmp_path, shard_bytes=20_000_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    terms = streaming.predicted(config)
+    peak, model = peak_of(lambda: rq.Model.from_pretrained(tmp_path, quantize="nf4"))
+    assert sum(p.nbytes for p in model.params.values()) == terms["held"]
+    assert terms["scratch"] < terms["largest"]  # so that a tensor too many would show
+    assert peak <= sum(terms.values())
+    assert peak > terms["held"] + terms["largest"] / 2  # tracemalloc sees the arrays
+
+
+def test_loading_in_float32_streams(tmp_path):
+    """What is held, the largest tensor as the file has it, and small objects."""
+    streaming.write(LARGE, tmp_path, shard_bytes=20_000_000)
+    peak, model = peak_of(lambda: rq.Model.from_pretrained(tmp_path))
+    held = sum(p.nbytes for p in model.params.values())
+    assert held == 4 * sum(p.size for p in model.params.values())
+    assert held < peak <= held + 2 * 8192 * 1024 + (1 << 20)
+
+
+def test_nothing_is_read_before_all_is_known_to_fit(saved, monkeypatch):
+    """A missing tensor is found in the headers: not after minutes of quantising the others."""
+    change_tensors(saved / "model.safetensors", {Q: ...})
+    monkeypatch.setattr(checkpoint, "read_tensor", pytest.fail)
+    with pytest.raises(ValueError, match="is missing"):
+        rq.Model.from_pretrained(saved, quantize="nf4")
+
+
+# ---- generation_config.json ----
+
+
+@pytest.mark.parametrize(
+    ("eos", "expected"),
+    [(5, 5), ([5], 5), ([5, 2], (5, 2)), (None, 9), (..., 9)],
+    ids=["one", "list", "two", "null", "no"],
+)
+def test_the_end_tokens_are_those_of_the_generation_config(saved, eos, expected):
+    change_json(saved / "config.json", eos_token_id=9)
+    (saved / "generation_config.json").write_text(json.dumps({} if eos is ... else {"eos_token_id": eos}))
+    model = rq.Model.from_pretrained(saved)
+    assert model.config.eos_token_id == expected
+    model.save_pretrained(saved.parent / "again")
+    assert rq.Model.from_pretrained(saved.parent / "again").config == model.config
+
+
+def test_what_a_generation_config_says(tmp_path):
+    assert checkpoint.read_generation_config(tmp_path) == {}
+    known = {"bos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "min_p": 0.1}
+    known |= {"repetition_penalty": 1.1, "max_new_tokens": 7}
+    others = {"_from_model_config": True, "transformers_version": "5.0", "pad_token_id": None, "max_length": "x"}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**known, **others, "eos_token_id": [2, 3]}))
+    assert checkpoint.read_generation_config(str(tmp_path)) == {**known, "eos_token_id": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("eos_token_id", value) for value in ("2", [], [2, "3"], -1, [2, None], True, 2.0, {"a": 1})),
+        *(("bos_token_id", value) for value in ([1], "1", -1)),
+        *((field, value) for field in ("temperature", "repetition_penalty") for value in (-1, "1", [1], True)),
+        *((field, value) for field in ("top_p", "min_p") for value in (-0.1, 1.1, "1", float("nan"))),
+        *(("top_k", value) for value in (-1, 1.5, "1")),
+        *(("max_new_tokens", value) for value in (0, 1.5, "1")),
+        *(("do_sample", value) for value in (1, "true")),
+    ],
+)
+def test_a_generation_config_that_cannot_be_is_refused(tmp_path, field, value):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"bos_token_id": 1, field: value}))
+    message = complaint(checkpoint.read_generation_config, tmp_path)
+    assert message.startswith(f"{path}: {field} must be ")
+
+
+# ---- shards ----
+
+
+def weights(directory):
+    return sorted(file.name for file in directory.iterdir() if file.name != "config.json")
+
+
+def test_a_large_model_is_written_in_shards(tmp_path):
+    """transformers' names and index; every shard within the size, but where one tensor alone is larger."""
+    model = new_model()
+    sizes = {name: 2 * p.size for name, p in model.params.items()}
+    model.save_pretrained(tmp_path, np.float16, max_shard_size=1500)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert index["weight_map"].keys() == model.params.keys()
+    n = len(set(index["weight_map"].values()))
+    shards = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    assert weights(tmp_path) == [*shards, "model.safetensors.index.json"]
+    for shard in shards:
+        held = files.read_header(tmp_path / shard)[0]
+        assert {name for name, file in index["weight_map"].items() if file == shard} == held.keys()
+        assert len(held) == 1 or sum(sizes[name] for name in held) <= 1500
+    assert max(sizes.values()) > 1500  # one was
+    assert any(len(files.read_header(tmp_path / shard)[0]) > 1 for shard in shards)
+    again = rq.Model.from_pretrained(tmp_path)
+    assert_same_bits(again.params, {k: p.astype(np.float16).astype(np.float32) for k, p in model.params.items()})
+
+
+def test_five_gigabytes_are_the_limit():
+    assert checkpoint.SHARD == checkpoint.shard_bytes("5GB") == 5_000_000_000
+    assert [checkpoint.shard_bytes(x) for x in (7, "7", "3KB", "2 MB", "1gb")] == [7, 7, 3000, 2 * 10**6, 10**9]
+
+
+@pytest.mark.parametrize("size", [0, -1, "0GB", "5GiB", "", "GB", "1.5GB", None, True, 2.5])
+def test_a_shard_s_size_that_cannot_be_is_refused_before_anything_is_written(size, tmp_path):
+    with pytest.raises(ValueError, match="a shard's size must be a number of bytes or such as"):
+        new_model().save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+SIZES_OF_SHARDS = {"one file": "5GB", "shards": 3000, "other shards": 5000}
+
+
+@pytest.mark.parametrize("old", SIZES_OF_SHARDS)
+@pytest.mark.parametrize("new", SIZES_OF_SHARDS)
+def test_nothing_is_left_of_the_model_that_was_there(old, new, tmp_path):
+    new_model(seed=1, layers=3).save_pretrained(tmp_path / "a", max_shard_size=SIZES_OF_SHARDS[old])
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    for directory in ("a", "b"):
+        new_model(seed=2).save_pretrained(tmp_path / directory, max_shard_size=SIZES_OF_SHARDS[new])
+    assert weights(tmp_path / "a") == [*weights(tmp_path / "b"), "tokenizer.json"]
+    assert_same_bits(rq.Model.from_pretrained(tmp_path / "a").params, new_model(seed=2).params)
+
+
+@pytest.mark.parametrize("old", SIZES_OF_SHARDS)
+@pytest.mark.parametrize("new", SIZES_OF_SHARDS)
+def test_killed_at_any_rename_no_two_models_are_mixed(old, new, tmp_path, monkeypatch):
+    """After each step of putting the new weights in place, in turn: the old model, the new one, or none."""
+    models = [new_model(seed=seed) for seed in (1, 2)]
+    step = kinds = 0
+    while True:
+        place = tmp_path / str(step)
+        models[0].save_pretrained(place, max_shard_size=SIZES_OF_SHARDS[old])
+        left = step
+
+        def killed(function):
+            def call(*args, **options):
+                nonlocal left
+                if left == 0:
+                    raise Cut
+                left -= 1
+                return function(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed(os.replace))
+            patch.setattr(Path, "unlink", killed(Path.unlink))
+            try:
+                models[1].save_pretrained(place, max_shard_size=SIZES_OF_SHARDS[new])
+            except Cut:
+                done = False
+            else:
+                done = True
+        try:
+            found = rq.Model.from_pretrained(place).params
+        except FileNotFoundError as error:
+            assert "index.json: no such file" in str(error)  # noqa: PT017
+            assert not done
+        else:
+            same = [all(np.array_equal(found[name], p) for name, p in m.params.items()) for m in models]
+            assert any(same)
+            kinds |= same[0] + 2 * same[1]
+        if done:
+            break
+        step += 1
+    assert kinds == 3  # both the old and the new were seen
+    assert step > 2
+
+
+def test_saving_holds_one_shard_at_the_most(tmp_path):
+    """No copy where the dtype is the model's own; in another, one shard's."""
+    model = rq.Model.from_config(dataclasses.replace(LARGE, layers=1))
+    largest = 2 * 8192 * 1024
+    assert peak_of(lambda: model.save_pretrained(tmp_path, max_shard_size="40MB"))[0] < 1 << 20
+    peak, _ = peak_of(lambda: model.save_pretrained(tmp_path, np.float16, max_shard_size=largest))
+    assert peak < largest + (1 << 20)
 
 
 def test_what_older_writers_leave_is_no_fault(tmp_path):

@@ -306,8 +306,6 @@ NO_DAMAGE |= {"no bits", "integers", "an embedding"}
 def test_a_spoilt_model_in_4_bits_is_named_as_when_it_is_loaded(spoil, parts, quantized, capsys):
     spoil(quantized)
     message = said(quantized, capsys)
-    if "the config says" in parts[-1]:
-        parts = [test_bnb.Q, "(20, 48)", "expected (48, 20)"]
     for part in parts:
         assert part in message
 

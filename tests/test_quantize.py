@@ -454,6 +454,7 @@ def test_fields_that_disagree_are_refused():
         ("block_size", 48, "block size must be one of"),
         ("absmax", q.constants(), "absmax must be uint8"),
         ("codebook", DYNAMIC, "codebook must be"),
+        ("nested_codebook", NF4, r"nested_codebook must be float32 of shape \(256,\)"),
         ("nested_absmax", np.zeros(2, np.float32), "nested_absmax must be"),
         ("nested_absmax", None, "absmax must be float32"),
         ("offset", None, "go together"),
