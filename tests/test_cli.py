@@ -17,7 +17,7 @@ import refqlora as rq
 from refqlora import cli, finetune
 from refqlora.checkpoint import BUNDLED
 
-COMMANDS = ("demo", "finetune", "generate", "merge", "quantize", "inspect", "pretrain")
+COMMANDS = ("demo", "finetune", "generate", "merge", "quantize", "inspect", "parity", "pretrain")
 ROOT = Path(__file__).parent.parent
 
 

@@ -1,17 +1,15 @@
 """Every codebook to the bit, and the nearest value against its definition, near every threshold."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from scipy.special import ndtr, ndtri
 
 import refqlora.codebooks as codebooks
 from refqlora.codebooks import DYNAMIC, FP4, INT4, NF4, dynamic_map, fp4, nearest, normal_float
-
-RECORDED = Path(__file__).parent / "fixtures" / "bitsandbytes.safetensors"
+from refqlora.files import read_tensors
+from refqlora.parity.checks import VECTORS
 
 NF4_BITS = """
     bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
@@ -45,7 +43,7 @@ def test_nf4_bits():
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "dynamic", "dynamic_unsigned"])
 def test_recorded_codebooks(kind):
-    assert bits(EVERY[kind]) == bits(load_file(RECORDED)[f"codebook.{kind}"])
+    assert bits(EVERY[kind]) == bits(dict(read_tensors(VECTORS))[f"codebook/{kind}"])
 
 
 def test_nf4_needs_the_seven_decimals(monkeypatch):

@@ -6,7 +6,6 @@ REFQLORA_PARITY_WEIGHTS sets how many weights the sweep covers.
 import math
 import os
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,7 +13,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 import bitsandbytes.functional as bnb
 
-from refqlora.codebooks import DYNAMIC, FP4, NF4, dynamic_map
+from refqlora.codebooks import DYNAMIC, dynamic_map
+from refqlora.parity.cases import CODEBOOKS, DTYPES
+from refqlora.parity.differences import differing
+from refqlora.parity.quantization import to_numpy, to_torch
 from refqlora.quantize import (
     BLOCK_SIZES,
     QuantizedTensor,
@@ -25,13 +27,6 @@ from refqlora.quantize import (
 )
 
 SWEEP = int(os.environ.get("REFQLORA_PARITY_WEIGHTS", "4_000_000"))
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
-TORCH = {
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
-}
-DTYPES = list(TORCH)
 
 
 @pytest.fixture(autouse=True)
@@ -41,27 +36,8 @@ def _uncompiled():
         yield
 
 
-def to_torch(x):
-    bits = x.view({2: np.int16, 4: np.int32}[x.dtype.itemsize])
-    return torch.from_numpy(bits.copy()).view(TORCH[x.dtype])
-
-
-def to_numpy(t):
-    """An array of the same bits; bfloat16 and float16 as uint16."""
-    t = t.detach().contiguous()
-    return (t if t.element_size() != 2 else t.view(torch.int16)).numpy()
-
-
-def differing(ours, theirs):
-    """Number of elements whose bits differ; -0.0 counts as 0.0: FP4's second zero has either sign there."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.size == theirs.size
-    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}[ours.dtype.itemsize]
-    a, b = ours.reshape(-1).view(bits), theirs.reshape(-1).view(bits)
-    if ours.dtype.itemsize > 1:
-        minus_zero = bits(1) << (8 * ours.dtype.itemsize - 1)
-        a, b = np.where(a == minus_zero, bits(0), a), np.where(b == minus_zero, bits(0), b)
-    return int(np.count_nonzero(a != b))
+def _count(found, expected):
+    return len(differing(np.asarray(found).reshape(-1), np.asarray(expected).reshape(-1)))
 
 
 def compare(w, kind, block_size, nested):
@@ -70,17 +46,17 @@ def compare(w, kind, block_size, nested):
     t = to_torch(w).reshape(-1)
     packed, state = bnb.quantize_4bit(t, quant_type=kind, blocksize=block_size, compress_statistics=nested)
     q = quantize(w, CODEBOOKS[kind], block_size, double_quant=False)
-    found = {"packed": differing(q.packed, packed.numpy())}
+    found = {"packed": _count(q.packed, packed.numpy())}
     if nested:
         # Their mean is taken as given: it is summed in float32, in an order that depends on the machine.
         offset = np.float32(state.offset.item())
         codes, level2, _ = quantize_constants(q.absmax, "bitsandbytes", offset)
-        found["absmax codes"] = differing(codes, state.absmax.numpy())
-        found["nested absmax"] = differing(level2, state.state2.absmax.numpy())
+        found["absmax codes"] = _count(codes, state.absmax.numpy())
+        found["nested absmax"] = _count(level2, state.state2.absmax.numpy())
         q = QuantizedTensor(q.packed, codes, q.codebook, q.shape, q.block_size, q.dtype, level2, offset)
     else:
-        found["absmax"] = differing(q.absmax, state.absmax.numpy())
-    found["dequantised"] = differing(dequantize(q, w.dtype), to_numpy(bnb.dequantize_4bit(packed, state)))
+        found["absmax"] = _count(q.absmax, state.absmax.numpy())
+    found["dequantised"] = _count(dequantize(q, w.dtype), to_numpy(bnb.dequantize_4bit(packed, state)))
     return found
 
 

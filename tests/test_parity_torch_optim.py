@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 from refqlora.optim import AdamW, clip_by_global_norm, learning_rate
+from refqlora.parity.oracles import their_adamw
 
 SHAPES = {"a.weight": (64, 33), "b.weight": (16, 129), "norm.weight": (37,)}
 SETTING = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -21,18 +24,9 @@ def numpy_run(start, grads, dtype):
 
 
 def torch_run(start, grads, dtype):
-    params = {name: torch.nn.Parameter(torch.from_numpy(p.astype(dtype))) for name, p in start.items()}
-    plain, decayed = [params["norm.weight"]], [params["a.weight"], params["b.weight"]]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, **SETTING, foreach=False, fused=False)
-    for g in grads:
-        for name, p in params.items():
-            p.grad = torch.from_numpy(g[name].astype(dtype))
-        optimiser.step()
-    moments = [
-        {name: optimiser.state[p][key].numpy() for name, p in params.items()} for key in ("exp_avg", "exp_avg_sq")
-    ]
-    return {name: p.detach().numpy() for name, p in params.items()}, *moments
+    start, *grads = ({name: x.astype(dtype) for name, x in tensors.items()} for tensors in (start, *grads))
+    found = their_adamw(start, grads, {"a.weight", "b.weight"}, SETTING | {"weight_decay": 0.1})
+    return found["params"], found["m"], found["v"]
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,20 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import refqlora as rq
+from refqlora.parity.decoders import our_steps
+from refqlora.parity.differences import relative_difference as difference
+from refqlora.parity.oracles import (
+    arrays,
+    logits_of,
+    packed_weights,
+    their_4bit,
+    their_adapter,
+    their_model,
+    their_steps,
+    trained,
+)
+from refqlora.parity.settings import MAX_NORM, B, T, batch, shifted
 
-B, T = 4, 11
 SIZES = {
     "vocab_size": 37,
     "hidden_size": 30,
@@ -33,52 +45,12 @@ TOLERANCE = 1e-5
 
 
 def their_llama(seed=0, **changes):
-    """A Llama whose weights are of order one: matrices 1/sqrt(in), norms about 1, biases about 0.3."""
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes}))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim > 1:
-                p.normal_(0, p.shape[1] ** -0.5)
-            else:
-                p.normal_(0 if name.endswith("bias") else 1, 0.3)
-    return model
+    return their_model("LlamaConfig", seed, **{**SIZES, **changes})
 
 
 def our_llama(theirs, path, dtype=np.float32):
     theirs.save_pretrained(path)
     return rq.Model.from_pretrained(path, dtype=dtype)
-
-
-def batch(seed=0, vocabulary=37, shape=(B, T)):
-    """tokens, and labels as transformers takes them: not shifted. The starts of the rows do not count."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocabulary, shape)
-    labels = tokens.copy()
-    for row, length in enumerate(rng.integers(0, shape[1] - 2, shape[0])):
-        labels[row, :length] = -100
-    return tokens, labels
-
-
-def shifted(labels):
-    """labels as refqlora takes them: the token that each position must predict."""
-    return np.concatenate([labels[:, 1:], np.full((len(labels), 1), -100)], axis=1)
-
-
-def logits_of(theirs, tokens):
-    with torch.no_grad():
-        return theirs(torch.from_numpy(tokens)).logits.float().numpy()
-
-
-def difference(found, expected):
-    """Relative to the largest element; of dicts, which must have the same names, the worst tensor's."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        return max(difference(found[name], expected[name]) for name in expected)
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    largest = np.abs(expected).max()
-    return float(np.abs(found - expected).max() / (largest if largest else 1))
 
 
 def agree(what, found, expected, tolerance=TOLERANCE):
@@ -91,12 +63,6 @@ def share_off(found, expected):
     """The share of all elements that are off by more than TOLERANCE of their tensor's largest."""
     off = [np.abs(found[name] - x) > TOLERANCE * np.abs(x).max() for name, x in expected.items()]
     return np.concatenate([x.ravel() for x in off]).mean()
-
-
-def arrays(named):
-    """{name as here: array} of torch tensors under PEFT's names."""
-    names = {name: name.removeprefix("base_model.model.").replace(".default.", ".") for name, _ in named}
-    return {names[name]: p.detach().numpy().copy() for name, p in named}
 
 
 # ---- model files -------------------------------------------------------------------------------------------
@@ -198,30 +164,6 @@ ADAPTERS = {
     "regex": {"r": 2, "lora_alpha": 5, "target_modules": r".*\.1\.(self_attn\.k_proj|mlp\.(gate|down)_proj)"},
 }
 
-# AdamW divides each gradient by its own size. With the usual eps, 1e-8, a parameter whose gradient is rounding
-# noise goes either way by a whole learning rate, rightly on both sides, and takes the others along. With an eps
-# of about the clipped gradients' own size a step is a smooth function of the gradient, and all can be held
-# against each other; the usual eps is tried on its own. The learning rate is so large that the adapters move by
-# about their own size: then a tensor's largest element is a fair measure of an error in the update, too.
-STEP = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-2, "weight_decay": 0.1}
-MAX_NORM = 0.2
-
-
-def their_adapter(base, config, b_is_zero=False, seed=1):
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(base, peft.LoraConfig(**config, lora_dropout=0.0, task_type="CAUSAL_LM"))
-    model.train()
-    if not b_is_zero:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(0, 0.1)
-    return model
-
-
-def trained(theirs):
-    return [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
-
 
 def our_adapter(ours, theirs, config):
     """The same adapter on our model: A and B as they are in PEFT's."""
@@ -237,33 +179,6 @@ def our_adapter(ours, theirs, config):
     for name, p in expected.items():
         params[name][...] = p
     return ours
-
-
-def their_steps(theirs, tokens, labels, steps, **changes):
-    """Of each step: the loss, the gradients before clipping, their norm, and the adapter after it."""
-    optimizer = torch.optim.AdamW([p for _, p in trained(theirs)], **STEP | changes)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = theirs(input_ids=torch.from_numpy(tokens), labels=torch.from_numpy(labels)).loss
-        loss.backward()
-        grads = arrays([(name, p.grad) for name, p in trained(theirs)])
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained(theirs)], MAX_NORM)
-        optimizer.step()
-        after = arrays(trained(theirs))
-        yield {"loss": loss.item(), "gradients": grads, "norm": norm.item(), "adapter": after}
-
-
-def our_steps(ours, tokens, labels, steps, **changes):
-    optimizer = rq.AdamW(ours.trainable(), **STEP | changes)
-    for _ in range(steps):
-        logits, cache = ours.forward(tokens)
-        loss, dlogits = rq.cross_entropy(logits, shifted(labels))
-        grads = ours.backward(dlogits, cache)
-        before = {name: g.copy() for name, g in grads.items()}
-        norm = rq.clip_by_global_norm(grads, MAX_NORM)
-        optimizer.step(grads)
-        after = {name: p.copy() for name, p in ours.trainable().items()}
-        yield {"loss": loss, "gradients": before, "norm": norm, "adapter": after}
 
 
 @pytest.mark.parametrize("b_is_zero", [True, False], ids=["B zero", "B not zero"])
@@ -351,31 +266,12 @@ SIZES_4BIT = {
 CONFIG_4BIT = {"r": 5, "lora_alpha": 7, "target_modules": "all-linear"}
 
 
-def their_4bit(path, double_quant):
-    options = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=double_quant,
-    )
-    base = transformers.LlamaForCausalLM.from_pretrained(
-        path, quantization_config=options, dtype=torch.float32, device_map="cpu"
-    )
-    return their_adapter(base, CONFIG_4BIT)
-
-
-def packed_weights(theirs):
-    """{name as here: Params4bit}"""
-    named = theirs.get_base_model().named_parameters()
-    return {name.replace(".base_layer", ""): p for name, p in named if hasattr(p, "quant_state")}
-
-
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_ten_qlora_steps(double_quant, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     ours = our_llama(their_llama(**SIZES_4BIT), tmp_path)
     ours.quantize(double_quant=double_quant)
-    theirs = their_4bit(tmp_path, double_quant)
+    theirs = their_adapter(their_4bit(tmp_path, double_quant), CONFIG_4BIT)
     packed = packed_weights(theirs)
     assert packed.keys() == {name + ".weight" for name in ours.config.linears()}
     for name, p in packed.items():
@@ -400,7 +296,7 @@ def test_the_public_face_on_a_4_bit_base(tmp_path):
     """Double quantisation as it comes, to the nearest code: off by as much as bitsandbytes is on a CPU."""
     pytest.importorskip("bitsandbytes")
     their_llama(**SIZES_4BIT).save_pretrained(tmp_path)
-    theirs = their_4bit(tmp_path, double_quant=True)
+    theirs = their_adapter(their_4bit(tmp_path, double_quant=True), CONFIG_4BIT)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = rq.Model.from_pretrained(tmp_path, quantize="nf4")
     ours.load_adapter(tmp_path / "adapter")

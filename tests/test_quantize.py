@@ -1,7 +1,6 @@
 """The fast path against the definition, and both against what bitsandbytes made of the recorded tensors."""
 
 import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from refqlora.codebooks import DYNAMIC, FP4, INT4, NF4, dynamic_map
+from refqlora.files import read_metadata, read_tensors
+from refqlora.parity.checks import VECTORS
+from refqlora.parity.quantization import cases, constants_cases
 from refqlora.quantize import (
     BLOCK_SIZES,
     QuantizedTensor,
@@ -29,8 +29,9 @@ BF16 = ml_dtypes.bfloat16
 FLOATS = [np.float32, np.float16, BF16, np.float64]
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
-RECORDED = load_file(Path(__file__).parent / "fixtures" / "bitsandbytes.safetensors")
-CASES = sorted({key.rsplit(".", 1)[0][2:] for key in RECORDED if key.startswith("q.")})
+RECORDED = dict(read_tensors(VECTORS))
+CASES = [(case, parts) for case, parts in cases(RECORDED) if "dequantised" in parts]
+CONSTANTS = list(constants_cases(RECORDED))
 
 
 # ---- the definition ----------------------------------------------------------------------------------------
@@ -170,51 +171,41 @@ def test_error_is_at_most_half_the_widest_gap(w, block_size):
 # ---- recorded from bitsandbytes ----------------------------------------------------------------------------
 
 
-def recorded(case):
-    """w, codebook, block size, and the recorded parts."""
-    name, kind, block_size = case.split(".")
-    parts = {key.rsplit(".", 1)[1]: x for key, x in RECORDED.items() if key.startswith(f"q.{case}.")}
-    return RECORDED[f"w.{name}"], CODEBOOKS[kind], int(block_size), parts
+def test_the_vectors_say_where_they_come_from():
+    assert {"bitsandbytes", "torch", "numpy", "machine"} <= set(read_metadata(VECTORS))
+    assert len(CASES) == 36
 
 
-def test_fixture_says_where_it_comes_from():
-    with safe_open(Path(__file__).parent / "fixtures" / "bitsandbytes.safetensors", "np") as file:
-        assert {"bitsandbytes", "torch", "numpy", "machine"} <= set(file.metadata())
-    assert len(CASES) == 19
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_recorded(case):
-    w, codebook, block_size, parts = recorded(case)
-    q = quantize(w, codebook, block_size, double_quant=False)
+@pytest.mark.parametrize(("case", "parts"), CASES, ids=[case.key for case, _ in CASES])
+def test_recorded(case, parts):
+    w = RECORDED[f"w/{case.tensor}"]
+    q = quantize(w, CODEBOOKS[case.kind], case.block_size, double_quant=False)
     same(q.packed, parts["packed"])
-    if "codes" in parts:
-        codes, nested, offset = quantize_constants(q.absmax, "bitsandbytes", np.float32(parts["offset"]))
-        same(codes, parts["codes"])
-        same(nested, parts["nested_absmax"])
-        q = QuantizedTensor(q.packed, codes, codebook, w.shape, block_size, w.dtype, nested, offset)
-    else:
-        same(q.absmax, parts["absmax"])
-    found = dequantize(q, w.dtype).reshape(-1)
+    same(q.absmax, parts["absmax"])
+    found, expected = dequantize(q, w.dtype), parts["dequantised"]
     zero = found == 0  # of either sign: FP4's second zero is -0.0 in some of their kernels
-    assert (parts["dequantised"][zero] == 0).all()
-    same(found[~zero], parts["dequantised"][~zero])
+    assert (expected[zero] == 0).all()
+    same(found[~zero], expected[~zero])
 
 
-def test_recorded_constants_are_binned_and_not_the_nearest():
-    x, zero = RECORDED["constants.x"], np.float32(0)
-    codes, absmax, _ = quantize_constants(x, "bitsandbytes", zero)
-    same(codes, RECORDED["constants.codes"])
-    same(absmax, RECORDED["constants.absmax"])
-    assert (codes[256:512] == 0).all()
-    assert (codes[:256:50] == 131).all()  # an exact zero beside others falls into a bin that is not zero's
-
-    exact, exact_absmax, _ = quantize_constants(x, offset=zero)
-    assert (exact[x == 0] == 127).all()
-    same(exact_absmax, absmax)
-    step = np.abs(exact.astype(int) - codes)
-    assert step[np.abs(x) > 1e-3].max() == 1
-    assert step[np.abs(x) < 1e-5].max() > 1  # some values lie closer together than the bins
+@pytest.mark.parametrize(("name", "parts"), CONSTANTS, ids=[name for name, _ in CONSTANTS])
+def test_recorded_constants_are_binned_and_not_the_nearest(name, parts):
+    offset = np.float32(parts["offset"])
+    codes, absmax, _ = quantize_constants(parts["absmax"], "bitsandbytes", offset)
+    same(codes, parts["binned"])
+    same(absmax, parts["nested_absmax"])
+    exact, _, _ = quantize_constants(parts["absmax"], offset=offset)
+    same(exact, RECORDED[f"8bit/{name}/nearest"])
+    if name == "equal to the mean":
+        assert offset == 2
+        assert (codes[256:] == 0).all()
+        assert (codes[1:256:2] == 131).all()  # an exact zero beside others falls into a bin that is not zero's
+        assert (exact[1:256:2] == 127).all()
+    if name == "ordinary":
+        assert np.abs(exact.astype(int) - codes).max() == 1
+    if name == "ties":
+        assert offset == 0
+        assert np.abs(exact.astype(int) - codes).max() > 1  # some values lie closer together than the bins
 
 
 def upward(scaled, codebook):
@@ -260,20 +251,18 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_recorded_tensors_tell_a_mistake(mistake):
     wrong = 0
-    for case in CASES:
-        w, codebook, block_size, parts = recorded(case)
-        packed, absmax, _ = by_definition(w, codebook, block_size, **MISTAKES[mistake])
+    for case, parts in CASES:
+        w = RECORDED[f"w/{case.tensor}"]
+        packed, absmax, _ = by_definition(w, CODEBOOKS[case.kind], case.block_size, **MISTAKES[mistake])
         wrong += np.count_nonzero(packed != parts["packed"])
-        if "absmax" in parts:
-            wrong += np.count_nonzero(absmax != parts["absmax"])
+        wrong += np.count_nonzero(absmax != parts["absmax"])
     assert (wrong > 0) == (mistake != "nothing")
 
 
-def test_recorded_tensors_tell_an_offset_left_out():
-    w, codebook, block_size, parts = recorded("many.nf4.32")
-    absmax = quantize(w, codebook, block_size, double_quant=False).absmax
-    codes, _, _ = quantize_constants(absmax, "bitsandbytes", np.float32(0))
-    assert np.mean(codes != parts["codes"]) > 0.9
+def test_recorded_constants_tell_an_offset_left_out():
+    parts = dict(CONSTANTS)["ordinary"]
+    codes, _, _ = quantize_constants(parts["absmax"], "bitsandbytes", np.float32(0))
+    assert np.mean(codes != parts["binned"]) > 0.9
 
 
 # ---- awkward values ----------------------------------------------------------------------------------------

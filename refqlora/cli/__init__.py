@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from . import demo, finetune, generate, inspect, merge, pretrain, quantize
+from . import demo, finetune, generate, inspect, merge, parity, pretrain, quantize
 from .options import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; -> the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run one command; -> the exit code: 0, or what the command says (parity: 1), 2 for bad input (one line on stderr),
+    130 when interrupted."""
     arguments = parser().parse_args(argv)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a download's would fill the log
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = warn
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
         print(f"refqlora {arguments.command}: {message}", file=sys.stderr)
@@ -39,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command with --resume goes on from the last checkpoint" if "resume" in arguments else ""
         print(f"\nrefqlora {arguments.command}: interrupted{hint}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="refqlora", description="LoRA and QLoRA in plain NumPy, every gradient by hand.")
     top.add_argument("--version", action="version", version=f"refqlora {version('refqlora')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, finetune, generate, merge, quantize, inspect, pretrain):
+    for module in (demo, finetune, generate, merge, quantize, inspect, parity, pretrain):
         module.add(commands)
     return top
