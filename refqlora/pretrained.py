@@ -60,7 +60,10 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         del tensor  # before the next is read
     _check(params, expected, config.tied, path)
     copy = params.pop("lm_head.weight") if config.tied and "lm_head.weight" in params else None
-    if copy is not None and not all(map(np.array_equal, copy, params[config.head])):
+    same = not isinstance(copy, QuantizedTensor) and (
+        copy is None or all(map(np.array_equal, copy, params[config.head]))
+    )
+    if not same:
         raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
     return config, {name: params[name] for name in shapes}
 

@@ -424,6 +424,15 @@ def test_a_spoilt_checkpoint_is_refused_by_name(saved, spoil, said):
         assert part in message, message
 
 
+def test_a_tied_head_of_its_own_is_refused(tmp_path):
+    model = new_model(tied=True)
+    model.quantize()
+    model.save_pretrained(tmp_path)
+    head = rq.quantize(model.params[EMBEDDING])
+    edit(lambda tensors: tensors.update(bnb.parts_of("lm_head.weight", head)))(tmp_path)
+    assert "lm_head.weight differs from the embedding" in complaint(tmp_path)
+
+
 def test_parts_that_come_after_a_whole_weight_are_refused():
     q = rq.quantize(np.ones((4, 32), np.float32), double_quant=False)
     parts = list(bnb.parts_of("w.weight", q))
