@@ -67,8 +67,8 @@ def layer_forward(
         return y
 
     n = norm(a.attention_norm, x)
-    qkv = project(a.qkv, n, config.qkv_sizes)
-    q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in qkv)  # (B, T, H or K, h)
+    q, k, v = project(a.qkv, n, config.qkv_sizes)
+    q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))  # (B, T, H or K, h)
     if a.qk_norm:
         q, k = norm(a.qk_norm[0], q), norm(a.qk_norm[1], k)
     if rope is not None:
@@ -83,13 +83,7 @@ def layer_forward(
     x = x + y
 
     n = norm(a.mlp_norm, x)
-    parts = project(a.mlp_in, n, config.mlp_sizes)  # gate and up, or the one: (B, T, F) each
-    if not a.gated:
-        y, cache["activation"] = gelu_forward(*parts)
-    elif config.activation == "silu":
-        y, cache["activation"] = swiglu_forward(*parts)
-    else:
-        y, cache["activation"] = geglu_forward(*parts)
+    y, cache["activation"] = activation_forward(config, *project(a.mlp_in, n, config.mlp_sizes))  # (B, T, F)
     y = linear(a.mlp_out, y)  # (B, T, D)
     if a.mlp_post_norm:
         y = norm(a.mlp_post_norm, y)
@@ -126,13 +120,7 @@ def layer_backward(
 
     dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx
     dy = linear(a.mlp_out, dy)  # (B, T, F)
-    if not a.gated:
-        dparts = (gelu_backward(dy, cache["activation"]),)
-    elif config.activation == "silu":
-        dparts = swiglu_backward(dy, cache["activation"])
-    else:
-        dparts = geglu_backward(dy, cache["activation"])
-    dn = project(a.mlp_in, dparts)
+    dn = project(a.mlp_in, activation_backward(config, dy, cache["activation"]))
     dx = dx + norm(a.mlp_norm, dn)  # the residual stream passes the gradient on as it is, and the branch adds its own
 
     dy = norm(a.attention_post_norm, dx) if a.attention_post_norm else dx
@@ -161,3 +149,17 @@ def norm_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, dict[
         return dx, {"weight": dweight, "bias": dbias}
     dx, dweight = rmsnorm_backward(dy, cache)
     return dx, {"weight": dweight}
+
+
+def activation_forward(config: Config, *parts: Array) -> tuple[Array, tuple]:
+    """The MLP's activation of gate and up, or of the one there is, (..., F) each -> (..., F), cache."""
+    if not config.architecture.gated:
+        return gelu_forward(*parts)
+    return swiglu_forward(*parts) if config.activation == "silu" else geglu_forward(*parts)
+
+
+def activation_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, ...]:
+    """dy (..., F) -> the gradients of gate and up, or of the one there is."""
+    if not config.architecture.gated:
+        return (gelu_backward(dy, cache),)
+    return swiglu_backward(dy, cache) if config.activation == "silu" else geglu_backward(dy, cache)
