@@ -55,8 +55,8 @@ def run(a: argparse.Namespace) -> None:
     if facts["erased"]:
         error = facts["all"]["requantised"]
         out.print(
-            f"Warning: 4 bits again lose {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): its change "
-            "is small beside the steps between the codes. Keep it apart, or merge into 16 bits.",
+            f"Warning: 4 bits again lose {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): its "
+            "change is small beside the steps between the codes. Keep it apart, or merge into 16 bits.",
             highlight=False,
         )
     where = {"original": "the original weights", "dequantised": "the dequantised base", "nf4": "4 bits again"}
