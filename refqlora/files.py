@@ -110,6 +110,10 @@ def _parse(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+class _UnknownDtype(ValueError):
+    """The file is as it should be, but NumPy has no such dtype."""
+
+
 class Entry(NamedTuple):
     """Where a tensor lies in a safetensors file: it begins at byte `start`."""
 
@@ -140,6 +144,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if header is None:
             raise ValueError(f"{size} bytes cannot hold a header of {length}" if size >= 8 else f"of {size} bytes")
         return _check_header(_parse(header), 8 + length, size)
+    except _UnknownDtype as error:
+        raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
 
@@ -159,7 +165,7 @@ def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry],
             if len(numbers) > 32 or not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(f"{name} has {field} {json.dumps(fields[field])[:80]}")
         if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is {fields['dtype']}, expected one of {', '.join(DTYPES)}")
+            raise _UnknownDtype(f"{name} is {fields['dtype']}, expected one of {', '.join(DTYPES)}")
     entries, at = {}, 0
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])

@@ -25,6 +25,7 @@ import numpy as np
 from .backend import Array
 from .checkpoint import read_model
 from .files import read_json
+from .hub import model_directory
 from .lora import LoRA, Weight, dense, merge
 from .model import Model
 from .quantize import QuantizedTensor, dequantize, quantize
@@ -36,7 +37,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def merge_model(
-    base: Path,
+    base: str | Path,
     adapters: Sequence[Path],
     out: Path,
     *,
@@ -44,8 +45,8 @@ def merge_model(
     trained_on_nf4: bool = True,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Merge adapters into the model in `base` and write the result, with the tokenizer and whatever else lies there, to
-    the new directory `out`; -> the errors by kind of linear, and in all.
+    """Merge adapters into `base`, a model's directory or hub's id, and write the result, with the tokenizer and
+    whatever else lies there, to the new directory `out`; -> the errors by kind of linear, and in all.
 
     trained_on_nf4: whether the adapters learnt on the base in NF4 (QLoRA) or on the weights as they are (LoRA).
     into: one of INTO; by default "dequantised" after QLoRA, otherwise "original". With "dequantised" and "nf4" every
@@ -63,6 +64,7 @@ def merge_model(
         raise ValueError("dtype is that of 16 or 32 bit files: it does not go with nf4")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already, and not empty")
+    base = model_directory(base)
     model = Model.from_pretrained(base)
     stored = np.dtype(DTYPES[dtype or _file_dtype(base)])
     for i, adapter in enumerate(adapters):

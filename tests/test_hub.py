@@ -316,3 +316,20 @@ def test_what_a_hub_refuses(served, name, said):
     assert (code, out) == (2, "")
     assert err.startswith(f"refqlora generate: {name}: {said}")
     assert err.count("\n") == 1
+
+
+def test_merge_and_quantize_take_the_id_too(asked, model, tmp_path, capsys):
+    from refqlora.cli import main
+
+    adapted = rq.Model.from_pretrained(model)
+    adapted.add_adapter(rank=2)
+    for p in adapted.trainable().values():
+        p += 0.1
+    adapted.save_adapter(tmp_path / "adapter")
+    assert main(["quantize", "--model", "org/name", "--out", str(tmp_path / "quantised")]) == 0
+    argv = ["merge", "--model", "org/name", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]
+    assert main(argv) == 0
+    assert [repo for repo, _ in asked] == ["org/name"] * 2
+    for out in ("quantised", "merged"):
+        assert load_tokenizer(tmp_path / out).to_str() == load_tokenizer(model).to_str()
+        rq.Model.from_pretrained(tmp_path / out)

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..checkpoint import BUNDLED
 from ..merging import DTYPES, merge_model
-from .options import command, console, report
+from .options import command, console, model, report
 
 
 def add(commands: Any) -> None:
@@ -24,7 +23,7 @@ def add(commands: Any) -> None:
     )
     options.add_argument("--adapter", type=Path, required=True, action="append", help="a PEFT adapter; may be repeated")
     options.add_argument("--out", type=Path, required=True, help="new directory to write the model to")
-    options.add_argument("--model", type=Path, default=BUNDLED, help="directory of a model (default: the bundled base)")
+    model(options)
     options.add_argument("--dtype", choices=DTYPES, default=None, help="of the files (default: the base's)")
     way = options.add_mutually_exclusive_group()
     way.add_argument("--original", action="store_true", help="merge into the weights as they are, not dequantised")
