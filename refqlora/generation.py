@@ -23,26 +23,26 @@ class PrefixCache:
     """A model, and the keys and values of the tokens it read last: what a text shares with them is not read again.
 
     They are the keys and values of one adapter. Whenever another one (or none, or one loaded anew) has become the
-    model's active adapter, the text is read from its beginning; an adapter changed in place is not noticed.
+    model's active adapter, the text is read from its beginning; an adapter changed in place is not noticed. So it is
+    where the text's length changes RoPE's frequencies (`Config.rope_regime`), up or down.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.kv = KVCache(model.config, 1, model.config.max_positions, model.dtype)
         self.tokens: list[int] = []  # whose keys and values `kv` holds
-        self.adapter: Any = None
+        self.made_for: tuple[Any, int] | None = None  # the adapter and the regime of RoPE that they belong to
 
     def logits(self, tokens: Sequence[int]) -> Array:
         """tokens (at least one) -> the logits (V,) of what follows them."""
+        n, regime = len(tokens), self.model.config.rope_regime
         adapter = self.model.adapters[self.model.active] if self.model.active is not None else None
-        shared = shared_prefix(self.tokens, tokens[:-1]) if adapter is self.adapter else 0
-        regime = self.model.config.rope_regime  # keys turned in one are of no use in another
-        if regime(shared) != regime(len(tokens)):
-            shared = 0
-        at_once = AT_ONCE if regime(shared + AT_ONCE) == regime(len(tokens)) else len(tokens)
-        self.tokens, self.adapter = self.tokens[:shared], adapter
+        same = self.made_for is not None and self.made_for[0] is adapter and self.made_for[1] == regime(n)
+        shared = shared_prefix(self.tokens, tokens[:-1]) if same else 0
+        self.tokens, self.made_for = self.tokens[:shared], (adapter, regime(n))
         self.kv.truncate(shared)
-        for start in range(shared, len(tokens), at_once):
+        at_once = AT_ONCE if regime(min(n, shared + AT_ONCE)) == regime(n) else n  # all pieces are of one regime
+        for start in range(shared, n, at_once):
             piece = tokens[start : start + at_once]
             logits, _ = self.model.forward(np.array([piece]), kv=self.kv)  # (1, T, V)
             self.tokens += piece

@@ -181,7 +181,7 @@ def test_a_stale_cache_would_be_seen(adapted):
     adapted.set_adapter("a")
     cache.logits(text)
     adapted.set_adapter("b")
-    cache.adapter = adapted.adapters["b"]  # as if it had not changed
+    cache.made_for = adapted.adapters["b"], cache.made_for[1]  # as if it had not changed
     assert abs(cache.logits(text) - whole(adapted, text)).max() > 0.1
 
 
@@ -218,6 +218,29 @@ def test_a_long_prompt_is_read_in_pieces(unsure, monkeypatch):
     np.testing.assert_allclose(PrefixCache(unsure).logits(text), expected, rtol=0, atol=1e-12)
     assert seen == [7] * 7
     del cache
+
+
+WINDOW = {"windows": (4, None)}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 12}
+LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 5.0, **FACTORS}}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW, LONGROPE, WINDOW | LONGROPE], ids=["", "window", "longrope", "both"])
+@pytest.mark.parametrize("at_once", [3, 5, 256])
+def test_windows_and_frequencies_that_change_with_the_length(changes, at_once, monkeypatch):
+    """Past 12 tokens LongRoPE turns keys by other frequencies: those that were made before are of no use, and back."""
+    monkeypatch.setattr(generation, "AT_ONCE", at_once)
+    model = rq.Model.from_config(tiny.config(**changes), 2, np.float64)
+    model.params["lm_head.weight"] *= 12
+    cache, text = Counted(model), list(range(1, 30))
+    for n in (9, 11, 12, 13, 14, 29, 12, 5, 20):
+        np.testing.assert_allclose(cache.logits(text[:n]), whole(model, text[:n]), rtol=0, atol=1e-12)
+    anew = "rope_scaling" in changes
+    assert cache.read == [9, 2, 1, 13 if anew else 1, 1, 15, 12 if anew else 1, 1, 20 if anew else 15]
+    expected = list(PROMPT)
+    for _ in range(20):
+        expected.append(int(whole(model, expected).argmax()))
+    assert tokens(model, max_new_tokens=20) == expected[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
