@@ -69,6 +69,18 @@ def test_full_training():
     assert found == {**expected, "optimizer": 2 * weights, "total": 4 * weights}
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_weights_that_pissa_has_in_place_of_the_model_s(quantize):
+    model = rq.Model.from_config(tiny.config())
+    model.add_adapter(rank=2, init="pissa", targets=("q_proj", "down_proj"))
+    if quantize:
+        model.quantize()
+    found = training_bytes(model, *step(model))
+    held = [*model.params.values(), *model.adapters["default"].residual.values()]
+    assert len(held) == len(model.params) + 4
+    assert found["codes"] + found["constants"] + found["dense"] == sum(w.nbytes for w in held)
+
+
 def test_constants_that_are_not_quantised():
     model = rq.Model.from_config(tiny.config())
     model.quantize(double_quant=False)
