@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import refqlora as rq
-from refqlora.generation import read_generation_config
+from refqlora.generation import generation_options
 from refqlora.sampling import Sampling
 
 V = 500
@@ -126,7 +126,7 @@ def test_the_model_s_own_options(content, tmp_path):
         expected = processors(torch.tensor([seen]), torch.from_numpy(logits)[None]).softmax(-1)[0].numpy()
     if not config.do_sample:
         expected = np.eye(V)[expected.argmax()]
-    options = read_generation_config(tmp_path)
+    options = generation_options(tmp_path)
     eos = content.get("eos_token_id")
     assert options.pop("stop", ()) == (() if eos is None else tuple(np.atleast_1d(eos)))
     np.testing.assert_allclose(Sampling(**options).probabilities(logits, seen), expected, atol=1e-6)
