@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "write a model's linears in 4 bits, as transformers and bitsandbytes load them",
         "Embeddings, norms and the output head stay as they are; the tokenizer comes along.",
     )
-    options.add_argument("--model", type=Path, default=BUNDLED, help="directory of a Llama (default: the bundled base)")
+    options.add_argument("--model", type=Path, default=BUNDLED, help="directory of a model (default: the bundled base)")
     options.add_argument("--out", type=Path, required=True, help="directory to write to, new or empty")
     options.add_argument("--type", choices=TYPES, default="nf4", help="the codebook: NormalFloat or 4-bit float")
     options.add_argument(
