@@ -9,7 +9,8 @@
     grads = model.backward(dlogits, cache)
     model.save_adapter("out")
 
-The engine, from the ground up: codebooks, functional, quantize, lora, optim, adapters, model, training.
+The engine, from the ground up: codebooks, functional, attention, quantize, lora, optim, layer, adapters, model,
+training.
 """
 
 from .checkpoint import BUNDLED
