@@ -286,7 +286,7 @@ def test_ten_steps_on_a_4_bit_base(options, double_quant, tmp_path):
     base = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=quantization, dtype=torch.float32, device_map="cpu"
     )
-    ours.params |= with_their_constants(ours.params, packed_weights(base_of(base)))
+    ours.params |= with_their_constants(ours.params, packed_weights(base))
     theirs = stirred(config, base=base)
     theirs.save_pretrained(tmp_path / "adapter")
     ours.load_adapter(tmp_path / "adapter")
@@ -295,11 +295,6 @@ def test_ten_steps_on_a_4_bit_base(options, double_quant, tmp_path):
     tokens, _ = batch()
     agree("logits", ours.forward(tokens)[0], logits_of(theirs, tokens))
     run_both(ours, theirs)
-
-
-class base_of:
-    def __init__(self, base):
-        self.get_base_model = lambda: base
 
 
 def with_their_constants(weights, packed):
