@@ -53,7 +53,7 @@ def training_config(steps: int, seed: int, **options: Any) -> TrainingConfig:
     )
 
 
-def demo(out: Path, console: Console, *, steps: int = 600, seed: int = 0, resume: bool = False) -> dict[str, Any]:
+def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume: bool = False) -> dict[str, Any]:
     """Quantise, fine-tune, compare; print it as it goes; write adapter, metrics and figure to `out`; -> the figures."""
     keep_freed_memory()
     started = time.perf_counter()

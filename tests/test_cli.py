@@ -139,7 +139,7 @@ def test_the_defaults_of_finetune(recorded):
 @pytest.mark.parametrize(
     ("argv", "name", "expected"),
     [
-        ("demo", "demo", {"steps": 600, "seed": 0, "resume": False}),
+        ("demo", "demo", {"steps": 300, "seed": 0, "resume": False}),
         ("demo --steps 5 --seed 6 --resume", "demo", {"steps": 5, "seed": 6, "resume": True}),
         ("demo --compare", "compare", {"steps": 300, "seed": 0}),
         ("demo --compare --steps 5 --seed 6", "compare", {"steps": 5, "seed": 6}),
