@@ -1,6 +1,6 @@
 """Every gradient against central differences in float64, and planted mistakes that this must catch.
 
-    python tests/gradcheck.py        the whole table, every element of every gradient (about a minute)
+    python tests/gradcheck.py        the whole table, every element of every gradient (a few minutes)
 
 No two dimensions are equal, so that a wrong axis shows; weights and inputs are of order one, so that no
 gradient is degenerate; attention and the head run in several tiles, of which the last is partial. The error of
