@@ -77,6 +77,29 @@ def _replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def check_new(path: Path) -> None:
+    """Raise ValueError unless `path` may become a new directory: it is not there, or an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: is there already, and not empty")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory under a temporary name beside `path`, renamed to it unless an error came; gone if one did. One that a
+    killed run left goes first. `path` is as `check_new` wants it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 

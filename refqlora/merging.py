@@ -12,10 +12,8 @@ weights are as far from the trained ones as the base without the adapter is.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import numpy as np
 
 from .backend import Array
 from .checkpoint import read_model
-from .files import read_json
+from .files import check_new, new_directory, read_json
 from .hub import model_directory
 from .lora import LoRA, Weight, dense, merge
 from .model import Model
@@ -62,8 +60,7 @@ def merge_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if dtype is not None and into == "nf4":
         raise ValueError("dtype is that of 16 or 32 bit files: it does not go with nf4")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is there already, and not empty")
+    check_new(out)
     base = model_directory(base)
     model = Model.from_pretrained(base)
     stored = np.dtype(DTYPES[dtype or _file_dtype(base)])
@@ -85,7 +82,7 @@ def merge_model(
     if not facts["all"]["change"]:
         raise ValueError("nothing to merge: the adapters change no weight")
     model.set_adapter(None)
-    with _new_directory(out) as directory:
+    with new_directory(out) as directory:
         model.save_pretrained(directory, **({} if into == "nf4" else {"dtype": stored}))
         for file in sorted(base.iterdir()):
             ours = file.name.startswith(".") or file.name.endswith(_WEIGHTS) or (directory / file.name).exists()
@@ -169,19 +166,3 @@ def _file_dtype(base: Path) -> str:
     config = read_json(base / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or next(read_model(base))[1].dtype.name
     return name if name in DTYPES else "float32"
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """A directory under a temporary name beside `path`, renamed to it unless an error came; gone if one did."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.is_dir():
-            path.rmdir()  # empty, or it would have been refused
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

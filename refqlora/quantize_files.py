@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 from . import architectures, bnb, checkpoint, shards
 from .codebooks import CODEBOOKS
 from .config import Config
-from .files import write_json
+from .files import check_new, new_directory, write_json
 from .hub import model_directory
 from .quantization_error import Error, quantization_error
 from .quantize import quantize
@@ -54,27 +53,18 @@ def quantize_files(
     if kind not in bnb.TYPES:
         raise ValueError(f"type must be one of {', '.join(bnb.TYPES)}, not {kind!r}")
     out = out.resolve()
-    if out.exists():
-        if not out.is_dir() or any(out.iterdir()):
-            raise ValueError(f"{out}: is there already, and not an empty directory")
-        out.rmdir()
-    scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
-    scratch.mkdir(parents=True)
+    check_new(out)
     rows: list[Row] = []
-    try:
+    with new_directory(out) as directory:
         for pattern in COMPANIONS:
             for file in sorted(model.glob(pattern)):
                 if file.is_file():
-                    shutil.copyfile(file, scratch / file.name)
+                    shutil.copyfile(file, directory / file.name)
         tensors = _quantized(model, config, rows, console, kind, block_size, double_quant)
-        nbytes = shards.write_model(scratch, tensors, shard_bytes)
+        nbytes = shards.write_model(directory, tensors, shard_bytes)
         dtype = d.get("dtype") or d.get("torch_dtype")
         dtype = bnb.DTYPES[dtype] if dtype in tuple(bnb.DTYPES) else rows[0].dtype
-        write_json(scratch / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
     facts = _figures(rows, nbytes, kind, block_size, double_quant)
     console.print(_table(facts), highlight=False)
     console.print(f"wrote {out}/", highlight=False, markup=False)

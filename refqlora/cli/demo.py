@@ -21,9 +21,7 @@ def add(commands: Any) -> None:
     )
     options.add_argument("--compare", action="store_true", help="measure full fine-tuning, LoRA and QLoRA side by side")
     options.add_argument("--out", type=Path, default=Path("refqlora-demo"), help="directory to write to")
-    options.add_argument(
-        "--steps", type=count, default=None, help="training steps (default: 300, with --compare for each run)"
-    )
+    options.add_argument("--steps", type=count, default=300, help="training steps; with --compare, of each run")
     common(options)
 
 
@@ -31,6 +29,6 @@ def run(a: argparse.Namespace) -> None:
     if a.compare and a.resume:
         raise ValueError("--compare makes many short runs and cannot resume one")
     if a.compare:
-        report(a, compare(a.out, console(a), steps=a.steps or 300, seed=a.seed))
+        report(a, compare(a.out, console(a), steps=a.steps, seed=a.seed))
     else:
-        report(a, demo(a.out, console(a), steps=a.steps or 300, seed=a.seed, resume=a.resume))
+        report(a, demo(a.out, console(a), steps=a.steps, seed=a.seed, resume=a.resume))
