@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .backend import Array, array_module
-from .checkpoint import check_shapes
-from .lora import LoRA, Weight, dense, init_lora, residual, row_norms
+from .config import check_shapes
+from .lora import LoRA, Weight, dense, row_norms
 from .lora_config import LoraConfig
-from .quantize import QuantizedTensor
+from .quantization import QuantizedTensor, quantize
 
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after a linear's name
 
@@ -132,108 +132,72 @@ def placed(
     return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
 
 
-def as_lora(adapter: Adapter) -> Adapter:
-    """The same function as plain LoRA (or DoRA) on the model's own weights, at twice the rank.
+def init_lora(
+    weight: Weight,
+    rank: int,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+    init: str = "default",
+    scale: float = 1.0,
+) -> tuple[Array, Array]:
+    """A (r, in) and B (out, r) of a new adapter on `weight` (out, in), as PEFT makes them.
 
-    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], with A0 and B0 from the start of PiSSA or OLoRA: what PEFT's
-    `path_initial_model_for_weight_conversion` writes. On a quantised model it is not quite the same, and a warning says
-    so: there the adapter learnt on Q(W - s B0 A0), and will sit on Q(W). An adapter that has no residual is returned as
-    it is.
+    default          A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero
+    gaussian         A normal with std 1/r, B zero (the LoRA paper's)
+    pissa            W = U S V^T, of which the top r: B = U sqrt(S/s), A = sqrt(S/s) V^T (Meng et al. 2024, eq. 2-4)
+    pissa_niter_N    the same from a randomised decomposition with N power iterations (Halko et al. 2011, alg. 4.4)
+    olora            W = Q R: B the first r columns of Q, A the first r rows of R (Buyukakyuz 2024)
+
+    Raises ValueError for a start from the weight whose rank is larger than the weight's, and for PiSSA on a quantised
+    weight: it is the dense weight that is to be taken apart.
     """
-    config, params, start = adapter.config, adapter.params, adapter.start
-    if not start:
-        return adapter
-    if any(isinstance(weight, QuantizedTensor) for weight in adapter.residual.values()):
-        warnings.warn(
-            f"as plain LoRA this {config.init} adapter is not quite what was trained: it learnt on a residual that is "
-            "quantised, which differs from the quantised weight less its start",
-            stacklevel=3,
+    out_features, in_features = weight.shape
+    xp = array_module(weight.packed if isinstance(weight, QuantizedTensor) else weight)
+    if init in ("default", "gaussian"):
+        bound = in_features**-0.5
+        shape = (rank, in_features)
+        a = rng.uniform(-bound, bound, shape) if init == "default" else rng.standard_normal(shape) / rank
+        return xp.asarray(a.astype(dtype)), xp.zeros((out_features, rank), dtype)
+
+    if rank > min(weight.shape):
+        raise ValueError(f"{init} takes rank {min(weight.shape)} at most from a weight of shape {weight.shape}")
+    if init == "olora":
+        q, r = xp.linalg.qr(dense(weight, dtype))  # (out, k), (k, in)
+        return xp.ascontiguousarray(r[:rank]), xp.ascontiguousarray(q[:, :rank])
+    if isinstance(weight, QuantizedTensor):
+        raise ValueError(
+            f"{init} takes the dense weight apart, and it is quantised already: "
+            "load the model dense, add the adapter, then quantize()"
         )
-    xp = array_module(next(iter(params.values())))
-    joined = {}
-    for name, x in params.items():
-        if name.endswith(A):
-            x = xp.concatenate([x, start[name]])  # (2r, in)
-        elif name.endswith(B):
-            x = xp.concatenate([x, -start[name]], axis=1)  # (out, 2r)
-        joined[name] = x
-    factor = 2**0.5 if config.rslora else 2  # alpha/sqrt(2r) or alpha/2r must stay s
-    doubled = replace(
-        config,
-        init="default",
-        rank=2 * config.rank,
-        alpha=factor * config.alpha,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
-    )
-    return Adapter(doubled, joined)
+    if init == "pissa":
+        u, s, vt = xp.linalg.svd(dense(weight, dtype), full_matrices=False)
+    else:
+        u, s, vt = _randomised_svd(dense(weight, dtype), rank, int(init.removeprefix("pissa_niter_")), rng)
+    root = xp.sqrt(s[:rank] / dtype.type(scale))  # (r,)
+    return xp.ascontiguousarray(root[:, None] * vt[:rank]), xp.ascontiguousarray(u[:, :rank] * root)
 
 
-METHODS = ("cat", "svd", "linear")
+def residual(weight: Weight, a: Array, b: Array, scale: float) -> Weight:
+    """W - s B A in W's dtype; of a quantised W what it dequantises to less s B A, quantised again in the same way
+    (as PEFT does for OLoRA)."""
+    rest = dense(weight, a.dtype) - (scale * b) @ a  # (out, in)
+    return requantize(rest, weight) if isinstance(weight, QuantizedTensor) else rest.astype(weight.dtype)
 
 
-def add_adapters(
-    adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str = "cat", rank: int | None = None
-) -> Adapter:
-    """A LoRA whose change is the sum of `factors[name]` times each adapter's s B A; scales and ranks may differ.
-
-    cat      exact: A = [f1 s1 A1; f2 s2 A2; ...], B = [B1, B2, ...]; the ranks add up
-    svd      the best approximation of rank `rank` (default: the largest of theirs), by each linear's SVD; exact where
-             `rank` is the sum of the ranks or more
-    linear   A = sum of sqrt(f s) A_i, B = sum of sqrt(f s) B_i, of equal ranks: B A then has cross terms
-             sqrt(f1 s1 f2 s2) (B1 A2 + B2 A1), which are as large as the sum itself unless the adapters are alike
-
-    The same as PEFT's add_weighted_adapter, which for rsLoRA adapters scales the result by sqrt(r) too much. alpha is
-    the rank, so that the scale is 1; where fewer rows are needed the rest are zeros; the first adapter's dropout is
-    taken. PiSSA and OLoRA count as the LoRA that they are equal to (`as_lora`).
-
-    Raises ValueError for an unknown method, a DoRA (no sum of changes is a DoRA), ranks that are not equal where they
-    must be, and an adapter that sits on a quantised residual.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if rank is not None and method != "svd":
-        raise ValueError(f'rank goes with method "svd"; "{method}" has its own')
-    if not factors or not np.isfinite(list(factors.values())).all():
-        raise ValueError(f"adapters are added with a finite factor each, not {dict(factors)}")
-    for name in factors:
-        if adapters[name].config.dora:
-            raise ValueError(
-                f"adapter {name!r} is a DoRA: it rescales the weight's rows, and such changes do not add up"
-            )
-        if any(isinstance(w, QuantizedTensor) for w in adapters[name].residual.values()):
-            raise ValueError(f"adapter {name!r} sits on a quantised residual of its own: add it on a dense model")
-    parts = [(as_lora(adapters[name]), factor) for name, factor in factors.items()]
-    ranks = [max([part.config.rank_of(linear) for linear in part.linears]) for part, _ in parts]
-    if method == "linear" and len({part.config.rank_of(one) for part, _ in parts for one in part.linears}) > 1:
-        raise ValueError('method "linear" adds A to A and B to B: the ranks must be equal')
-    rank = {"cat": sum(ranks), "svd": max(ranks) if rank is None else rank, "linear": ranks[0]}[method]
-    linears = list(dict.fromkeys(linear for part, _ in parts for linear in part.linears))
-    config = LoraConfig(rank, rank, parts[0][0].config.dropout, tuple(linears))
-    params = {}
-    for linear in linears:
-        loras = [(part.lora(linear), factor) for part, factor in parts if linear + A in part.params]
-        xp = array_module(loras[0][0].A)
-        if method == "linear":
-            roots = [abs(factor * lora.scale) ** 0.5 for lora, factor in loras]
-            signs = [-1 if factor < 0 else 1 for _, factor in loras]  # on one side only
-            a = sum(root * sign * lora.A for root, sign, (lora, _) in zip(roots, signs, loras, strict=True))
-            b = sum(root * lora.B for root, (lora, _) in zip(roots, loras, strict=True))
-        else:
-            a = xp.concatenate([factor * lora.scale * lora.A for lora, factor in loras])  # (sum of r, in)
-            b = xp.concatenate([lora.B for lora, _ in loras], axis=1)  # (out, sum of r)
-        if method == "svd":
-            a, b = _truncated(a, b, rank)
-        spare = rank - len(a)
-        params[linear + A] = xp.pad(a, ((0, spare), (0, 0)))
-        params[linear + B] = xp.pad(b, ((0, 0), (0, spare)))
-    return Adapter(config, params)
+def requantize(w: Array, like: QuantizedTensor) -> QuantizedTensor:
+    """w quantised with the codebook, block size and double quantisation of `like`."""
+    return quantize(w, like.codebook, like.block_size, like.nested_absmax is not None)
 
 
-def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """The factors A (at most `rank`, in) and B = U S of the truncated SVD of b @ a, which is never formed."""
-    xp = array_module(a)
-    qb, rb = xp.linalg.qr(b)  # (out, k), (k, R)
-    qa, ra = xp.linalg.qr(a.T)  # (in, l), (l, R)
-    u, s, vt = xp.linalg.svd(rb @ ra.T, full_matrices=False)
-    return vt[:rank] @ qa.T, qb @ u[:, :rank] * s[:rank]
+def _randomised_svd(w: Array, rank: int, iterations: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """U (out, r), S (r,), V^T (r, in): the SVD of w on a subspace that power iterations turn towards its largest r."""
+    xp = array_module(w)
+    if len(w) < w.shape[1]:
+        u, s, vt = _randomised_svd(w.T, rank, iterations, rng)
+        return vt.T, s, u.T
+    q, _ = xp.linalg.qr(w @ xp.asarray(rng.standard_normal((w.shape[1], rank)).astype(w.dtype)))  # (out, r)
+    for _ in range(iterations):
+        q, _ = xp.linalg.qr(w.T @ q)  # (in, r)
+        q, _ = xp.linalg.qr(w @ q)  # (out, r)
+    u, s, vt = xp.linalg.svd(q.T @ w, full_matrices=False)  # (r, r), (r,), (r, in)
+    return q @ u, s, vt

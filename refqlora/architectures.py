@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -142,31 +140,3 @@ ARCHITECTURES = {
 
 
 # ---- the tensors of a file -------------------------------------------------------------------------------------
-
-# What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. It is not read.
-BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-
-
-def from_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
-    """One tensor of a model file -> its name and layout here.
-
-    Here every name is that of the model with its output head (a base model saved without it lacks the prefix), and
-    every linear's weight is (out, in) (GPT-2's files hold the transpose; a quantised one is (out, in) there too).
-    """
-    architecture = config.architecture
-    parts = (architecture.embedding, architecture.positions, architecture.layers, architecture.final_norm)
-    if name.startswith(tuple(part.removeprefix(architecture.prefix) for part in parts if part)):
-        name = architecture.prefix + name
-    return name, _turned(config, name, tensor)
-
-
-def to_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
-    """A parameter -> the name and layout that a file has for it: the inverse of `from_file`."""
-    return name, _turned(config, name, tensor)
-
-
-def _turned(config: Any, name: str, tensor: Any) -> Any:
-    linear = name.removesuffix(".weight")
-    if not config.architecture.conv1d or linear == name or linear not in config.linears():
-        return tensor
-    return tensor.T if isinstance(tensor, np.ndarray) else tensor

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .architectures import ARCHITECTURES, Architecture
-from .config_json import read_config, write_config
 from .rope import check_scaling
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "max_positions")
@@ -22,7 +19,7 @@ _FLAGS = ("tied", "attention_bias", "mlp_bias", "scale_attn_weights", "scale_att
 class Config:
     """A decoder's numbers, by the legend in functional.py; what its parts are called follows from `model_type`.
 
-    `from_dict` reads transformers' config.json, old and new spellings; `to_dict` writes it.
+    files/config_json.py reads and writes it as transformers' config.json.
     """
 
     vocab_size: int  # V
@@ -99,19 +96,6 @@ class Config:
             raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} is not a part of head_dim")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, pairs=(self.rotary_dim + 1) // 2)
-
-    @classmethod
-    def from_dict(cls, d: dict[str, Any], where: str = "config") -> Config:
-        """From transformers' config.json. Raises ValueError, beginning with `where`, for a field that is missing or
-        an option that is not supported."""
-        try:
-            return cls(**read_config(d))
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{where}: {error}") from None
-
-    def to_dict(self, dtype: Any = np.float32) -> dict[str, Any]:
-        """transformers' config.json for weights stored in `dtype`, in its new spelling with the old one beside it."""
-        return write_config(self, dtype)
 
     # ---- what follows from it ----
 
@@ -202,3 +186,15 @@ class Config:
 def _outputs(names: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
     """The outputs of each linear: one for each size, or one for all of them side by side."""
     return dict(zip(names, sizes, strict=True)) if len(names) == len(sizes) else {names[0]: sum(sizes)}
+
+
+def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise ValueError that names the first missing, unexpected or misshapen tensor, if there is one."""
+    for name, shape in shapes.items():
+        if name not in params:
+            raise ValueError(f"{where}: {name} {shape} is missing")
+        if tuple(params[name].shape) != tuple(shape):
+            raise ValueError(f"{where}: {name} has shape {tuple(params[name].shape)}, expected {tuple(shape)}")
+    for name in params:
+        if name not in shapes:
+            raise ValueError(f"{where}: {name} is not expected in this model")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import Array, array_module
-from .quantize import QuantizedTensor, dequantize, quantize
+from .quantization import QuantizedTensor, dequantize
 
 Weight = Array | QuantizedTensor  # (out, in)
 
@@ -145,74 +145,3 @@ def _drop(x: Array, keep: Array | None, lora: LoRA) -> Array:
 
 # ---- how an adapter starts -------------------------------------------------------------------------------------
 # PiSSA and OLoRA put the largest part of W into B A; the adapter then sits on what is left, the residual W - s B A.
-
-
-def init_lora(
-    weight: Weight,
-    rank: int,
-    rng: np.random.Generator,
-    dtype: np.dtype,
-    init: str = "default",
-    scale: float = 1.0,
-) -> tuple[Array, Array]:
-    """A (r, in) and B (out, r) of a new adapter on `weight` (out, in), as PEFT makes them.
-
-    default          A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero
-    gaussian         A normal with std 1/r, B zero (the LoRA paper's)
-    pissa            W = U S V^T, of which the top r: B = U sqrt(S/s), A = sqrt(S/s) V^T (Meng et al. 2024, eq. 2-4)
-    pissa_niter_N    the same from a randomised decomposition with N power iterations (Halko et al. 2011, alg. 4.4)
-    olora            W = Q R: B the first r columns of Q, A the first r rows of R (Buyukakyuz 2024)
-
-    Raises ValueError for a start from the weight whose rank is larger than the weight's, and for PiSSA on a quantised
-    weight: it is the dense weight that is to be taken apart.
-    """
-    out_features, in_features = weight.shape
-    xp = array_module(weight.packed if isinstance(weight, QuantizedTensor) else weight)
-    if init in ("default", "gaussian"):
-        bound = in_features**-0.5
-        shape = (rank, in_features)
-        a = rng.uniform(-bound, bound, shape) if init == "default" else rng.standard_normal(shape) / rank
-        return xp.asarray(a.astype(dtype)), xp.zeros((out_features, rank), dtype)
-
-    if rank > min(weight.shape):
-        raise ValueError(f"{init} takes rank {min(weight.shape)} at most from a weight of shape {weight.shape}")
-    if init == "olora":
-        q, r = xp.linalg.qr(dense(weight, dtype))  # (out, k), (k, in)
-        return xp.ascontiguousarray(r[:rank]), xp.ascontiguousarray(q[:, :rank])
-    if isinstance(weight, QuantizedTensor):
-        raise ValueError(
-            f"{init} takes the dense weight apart, and it is quantised already: "
-            "load the model dense, add the adapter, then quantize()"
-        )
-    if init == "pissa":
-        u, s, vt = xp.linalg.svd(dense(weight, dtype), full_matrices=False)
-    else:
-        u, s, vt = _randomised_svd(dense(weight, dtype), rank, int(init.removeprefix("pissa_niter_")), rng)
-    root = xp.sqrt(s[:rank] / dtype.type(scale))  # (r,)
-    return xp.ascontiguousarray(root[:, None] * vt[:rank]), xp.ascontiguousarray(u[:, :rank] * root)
-
-
-def residual(weight: Weight, a: Array, b: Array, scale: float) -> Weight:
-    """W - s B A in W's dtype; of a quantised W what it dequantises to less s B A, quantised again in the same way
-    (as PEFT does for OLoRA)."""
-    rest = dense(weight, a.dtype) - (scale * b) @ a  # (out, in)
-    return requantize(rest, weight) if isinstance(weight, QuantizedTensor) else rest.astype(weight.dtype)
-
-
-def requantize(w: Array, like: QuantizedTensor) -> QuantizedTensor:
-    """w quantised with the codebook, block size and double quantisation of `like`."""
-    return quantize(w, like.codebook, like.block_size, like.nested_absmax is not None)
-
-
-def _randomised_svd(w: Array, rank: int, iterations: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """U (out, r), S (r,), V^T (r, in): the SVD of w on a subspace that power iterations turn towards its largest r."""
-    xp = array_module(w)
-    if len(w) < w.shape[1]:
-        u, s, vt = _randomised_svd(w.T, rank, iterations, rng)
-        return vt.T, s, u.T
-    q, _ = xp.linalg.qr(w @ xp.asarray(rng.standard_normal((w.shape[1], rank)).astype(w.dtype)))  # (out, r)
-    for _ in range(iterations):
-        q, _ = xp.linalg.qr(w.T @ q)  # (in, r)
-        q, _ = xp.linalg.qr(w @ q)  # (out, r)
-    u, s, vt = xp.linalg.svd(q.T @ w, full_matrices=False)  # (r, r), (r,), (r, in)
-    return q @ u, s, vt

@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from . import adapter_files, checkpoint, pretrained
-from .adapters import Adapter, add_adapters, as_lora, new_adapter, placed
+from .adapter_sums import add_adapters, as_lora
+from .adapters import Adapter, new_adapter, placed
 from .backend import Array, array_module
 from .codebooks import CODEBOOKS
-from .config import Config
+from .config import Config, check_shapes
+from .files import adapter_files, pretrained
 from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
-from .head import head_backward, head_forward
 from .kv_cache import KVCache
 from .layer import layer_backward, layer_forward, norm_backward, norm_forward
+from .lm_head import head_backward, head_forward
 from .lora import LoRA, Weight
 from .lora_config import LoraConfig
-from .quantize import QuantizedTensor
-from .quantize import quantize as to_4_bits  # `quantize` is an option's name here
+from .quantization import QuantizedTensor
+from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
 from .rope import rope_frequencies, rope_tables
 
 
@@ -45,7 +46,7 @@ class Model:
         self.dtype = np.dtype(dtype or params[config.architecture.embedding + ".weight"].dtype)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
-        checkpoint.check_shapes(params, config.shapes(), "the model")
+        check_shapes(params, config.shapes(), "the model")
 
     # ---- in and out ----
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import Array, array_module
-from .quantize import CHUNK, QuantizedTensor, dequantize
+from .quantization import CHUNK, QuantizedTensor, dequantize
 
 
 class Error(NamedTuple):

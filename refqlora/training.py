@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .backend import Array, array_module
-from .checkpoint import check_shapes
-from .data import Dataset, batch_indices
-from .files import read_metadata, read_tensors, write_bytes, write_tensors
+from .backend import Array
 from .functional import IGNORE, cross_entropy
 from .model import Model
 from .optim import AdamW, clip_by_global_norm, learning_rate
-from .quantize import QuantizedTensor
-
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
+from .resume import (
+    CHECKPOINT,
+    METRICS,
+    identity,
+    load_checkpoint,
+    read_rows,
+    refuse_unfinished,
+    save_checkpoint,
+    write_rows,
+)
+from .text.dataset import Dataset, batch_indices
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,16 @@ def train(
     rows: list[dict[str, Any]] = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        identity = _identity(model, dataset, config)
+        run = identity(model, dataset, config)
         if not resume:
-            _refuse_unfinished(out / CHECKPOINT)
+            refuse_unfinished(out / CHECKPOINT)
             (out / CHECKPOINT).unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
         elif (out / CHECKPOINT).is_file():
-            start = _load_checkpoint(out / CHECKPOINT, params, optimizer, identity)
-            rows = _read_rows(out / METRICS)[:start]
+            start = load_checkpoint(out / CHECKPOINT, params, optimizer, run)
+            rows = read_rows(out / METRICS)[:start]
             if len(rows) < start:
                 raise ValueError(f"{out / METRICS}: has {len(rows)} rows, {CHECKPOINT} beside it is at step {start}")
-        _write_rows(out / METRICS, rows)
+        write_rows(out / METRICS, rows)
 
     with _progress(title, config.steps, len(rows), progress) as update:
         for step in range(optimizer.state["step"], config.steps):
@@ -204,8 +207,8 @@ def train(
                 with open(out / METRICS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    _write_rows(out / METRICS, rows)  # onto the disk: they must not be behind the checkpoint
-                    _save_checkpoint(out / CHECKPOINT, params, optimizer, identity)
+                    write_rows(out / METRICS, rows)  # onto the disk: they must not be behind the checkpoint
+                    save_checkpoint(out / CHECKPOINT, params, optimizer, run)
             update(row, tokens.size)
             if on_step is not None:
                 on_step(row)
@@ -215,86 +218,7 @@ def train(
 # ---- checkpoints -----------------------------------------------------------------------------------------------
 
 
-def _save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
-    tensors = {f"param.{name}": p for name, p in params.items()}
-    tensors |= {f"adamw.{name}": x for name, x in optimizer.state_arrays().items()}
-    write_tensors(path, tensors, {"identity": json.dumps(identity), "step": str(optimizer.state["step"])})
-
-
-def _refuse_unfinished(path: Path) -> None:
-    """Raise ValueError if a run that is not asked to resume would write over one that has not ended."""
-    if path.is_file():
-        metadata = read_metadata(path)
-        step, steps = int(metadata.get("step", 0)), json.loads(metadata.get("identity", "{}")).get("steps", 0)
-        if step < steps:
-            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
-
-
-def _load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:
-    """Copy parameters and moments in; -> the number of steps that were made."""
-    stored = read_metadata(path).get("identity")
-    if stored is None:
-        raise ValueError(f"{path}: is not a checkpoint of a training run")
-    found = json.loads(stored)
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"{path}: is of another run: {key} was {found.get(key)} there and is {value} here; "
-                "resume with the same settings and data, or start anew in another directory"
-            )
-    tensors = dict(read_tensors(path))
-    state = {name.removeprefix("adamw."): tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")}
-    check_shapes(tensors, {f"param.{name}": p.shape for name, p in params.items()}, str(path))
-    try:
-        optimizer.load_state(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    for name, p in params.items():
-        p[...] = array_module(p).asarray(tensors[f"param.{name}"])
-    return optimizer.state["step"]
-
-
-def _identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it, or its bits would not be those of one run.
-
-    JSON values: the settings that shape the numbers, the model's and the adapter's configs, and checksums of the
-    frozen weights and of the data.
-    """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("recompute", "eval_every", "checkpoint_every")}
-    adapter = None if model.active is None else asdict(model.adapters[model.active].config)
-    frozen = 0
-    if adapter is not None:
-        weights = model.params | model.adapters[model.active].residual
-        for name in sorted(weights):
-            param = weights[name]
-            for x in (param.packed, param.constants()) if isinstance(param, QuantizedTensor) else (param,):
-                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
-    identity = {
-        **settings,
-        "model": asdict(model.config),
-        "adapter": adapter,
-        "the weights' checksum": frozen,
-        "the data's checksum": dataset.checksum,
-    }
-    return json.loads(json.dumps(identity))
-
-
 # ---- what a person sees ----------------------------------------------------------------------------------------
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the first line that a kill cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @contextmanager

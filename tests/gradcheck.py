@@ -19,12 +19,13 @@ from unittest.mock import patch
 import numpy as np
 from mistakes import MISTAKES, planted
 
-from refqlora import attention, functional, head, lora, rope
+from refqlora import attention, functional, lora, rope
+from refqlora import lm_head as head
 from refqlora.config import Config
 from refqlora.lora import LoRA, row_norms
 from refqlora.lora_config import LoraConfig
 from refqlora.model import Model
-from refqlora.quantize import quantize
+from refqlora.quantization import quantize
 
 TOLERANCE = 1e-7  # of a right gradient
 CAUGHT = 1e-3  # a wrong gradient must be this far off at least

@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from refqlora import attention, functional, head, layer, lora, model, rope
+from refqlora import attention, functional, layer, lora, model, rope
+from refqlora import lm_head as head
 from refqlora.model import Model
 
 

@@ -8,7 +8,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import refqlora as rq
-from refqlora.data import Dataset, Document, Example, load_tokenizer, tokenize_examples, train_bpe
+from refqlora.text.dataset import Dataset
+from refqlora.text.encoding import tokenize_examples
+from refqlora.text.examples import Document, Example
+from refqlora.text.tokenizer import load_tokenizer, train_bpe
 
 TEXT = """\
 The mill stands where the river bends, and the miller's daughter counts the sacks: one for the baker, two for the inn,

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ..codebooks import DYNAMIC, FP4, NF4
-from ..quantize import BLOCK_SIZES
+from ..quantization import BLOCK_SIZES
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_metadata, read_tensors
+from ..files.reading import read_metadata, read_tensors
 from . import decoders, exchange, quantization
 from .differences import Outcome, in_one_line
 from .settings import ADAPTERS, ARCHITECTURES

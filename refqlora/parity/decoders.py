@@ -25,7 +25,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..files import read_tensors, write_bytes, write_tensors
+from ..files.reading import read_tensors
+from ..files.writing import write_bytes, write_tensors
 from ..functional import cross_entropy
 from ..model import Model
 from ..optim import AdamW, clip_by_global_norm

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config
+from ..files.config_json import config_from_dict
 from ..model import Model
-from ..quantize import QuantizedTensor, dequantize
+from ..quantization import QuantizedTensor, dequantize
 from .decoders import group
 from .differences import Outcome, differing, relative_difference
 from .settings import LORA, batch, sizes, sizes_4bit
@@ -24,7 +24,7 @@ Observed = dict[str, np.ndarray]
 
 def _llama(seed: int, weights: dict[str, Any]) -> Model:
     """A Llama of random weights, and with an adapter whose B is not zero."""
-    model = Model.from_config(Config.from_dict({"model_type": "llama"} | weights), seed)
+    model = Model.from_config(config_from_dict({"model_type": "llama"} | weights), seed)
     rng = np.random.default_rng(seed)
     for name, p in model.params.items():
         model.params[name] = (p + rng.standard_normal(p.shape) * p.shape[-1] ** -0.5).astype(np.float32)

@@ -13,14 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..codebooks import DYNAMIC, FP4, NF4, dynamic_map
-from ..quantize import (
-    NESTED_BLOCK,
-    QuantizedTensor,
-    dequantize,
-    dequantize_blockwise,
-    quantize,
-    quantize_constants,
-)
+from ..quantization import NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize, quantize_constants
 from .cases import CODEBOOKS, Case, awkward_cases, awkward_tensors, constants, random_cases
 from .differences import Outcome, differing, relative_difference
 

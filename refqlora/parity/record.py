@@ -12,8 +12,8 @@ import platform
 
 import numpy as np
 
-from ..files import write_tensors
-from ..quantize import BLOCK_SIZES
+from ..files.writing import write_tensors
+from ..quantization import BLOCK_SIZES
 from . import lora_vectors, quantization
 from .cases import large_cases, large_tensors
 from .checks import CHECKS, RECORDED, VECTORS, installed, quiet

@@ -1,0 +1,132 @@
+"""`refqlora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..files.adapter_files import read_config
+from ..files.hub import model_directory
+from ..model import Model
+from ..text.chat import load_chat_template
+from ..text.generation import generation_options, stream
+from ..text.tokenizer import load_tokenizer
+from .chat import Conversation, check_text, converse
+from .options import count, natural
+from .options import model as model_option
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+MORE = (
+    "The base is quantised to NF4, as the adapter met it in training, unless --no-quantize is given. --prompt goes "
+    "on from a text as it is; --chat writes each line as a message, by the tokenizer's chat template, or without "
+    'one as "user: ..." and "assistant: ...", as finetune does. How to sample is as the model\'s '
+    "generation_config.json says, greedy without one, unless an option says otherwise."
+)
+
+
+def add(options: argparse.ArgumentParser) -> None:
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", default=None, help="the text to go on from (\\n: a line's end); - reads stdin")
+    what.add_argument(
+        "--chat", action="store_true", help="hold a conversation; /help lists its commands; piped, each line is a turn"
+    )
+    options.add_argument("--system", default=None, help="with --chat: the system message that it begins with")
+    options.add_argument(
+        "--adapter",
+        action="append",
+        default=None,
+        metavar="[NAME=]DIR",
+        help="directory of a PEFT adapter, named like it or NAME. May be given more than once, to be used one at a "
+        "time: --prompt then shows what each writes, --chat begins with the last and switches with /adapter NAME",
+    )
+    model_option(options)
+    options.add_argument("--no-quantize", action="store_true", help="leave the base in float32")
+    options.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=None,
+        help="tokens to write at the most (default: 100; with --chat, as many as the context holds)",
+    )
+    options.add_argument(
+        "--stop",
+        action="append",
+        default=None,
+        metavar="TEXT",
+        help="end before this text; may be given more than once",
+    )
+    options.add_argument("--seed", type=natural, default=0, help="of the sampling")
+    group = options.add_argument_group("sampling, as in transformers and in this order")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=None, help="above 1, what was written is less probable"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=None, help="0 takes the most probable token: the rest does nothing"
+    )
+    group.add_argument("--top-k", type=natural, default=None, help="keep this many most probable tokens; 0: all")
+    group.add_argument("--top-p", type=float, default=None, help="keep the fewest tokens that reach this probability")
+    group.add_argument(
+        "--min-p", type=float, default=None, help="keep tokens at least this times as probable as the most probable"
+    )
+
+
+def run(a: argparse.Namespace) -> None:
+    if a.system is not None and not a.chat:
+        raise ValueError("--system goes with --chat")
+    base, adapters = model_directory(a.model), adapter_names(a.adapter or [])
+    late = any(read_config(directory).changes_base for directory in adapters.values())  # they take dense weights apart
+    model = Model.from_pretrained(base, quantize=None if a.no_quantize or late else "nf4")
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    for name, directory in adapters.items():
+        model.load_adapter(directory, name)
+    if late and not a.no_quantize:
+        model.quantize()
+    eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, tuple) else (model.config.eos_token_id,)
+    stop_strings = [check_text(text).replace("\\n", "\n") for text in a.stop or []]
+    given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}
+    options = {
+        "max_new_tokens": model.config.max_positions if a.chat else 100,
+        "stop": eos,
+        **generation_options(base),
+        **{option: value for option, value in given.items() if value is not None},
+        "stop_strings": stop_strings,
+        "seed": a.seed,
+    }
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}  # which no text shows
+    options["stop"] = (*options["stop"], *(special[text] for text in stop_strings if text in special))
+    if a.chat:
+        template = load_chat_template(base, tokenizer, eos[0] if eos else None)
+        system = None if a.system is None else check_text(a.system)
+        converse(Conversation(model, tokenizer, template, system, options))
+        return
+    prompt = check_text(sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n"))
+    for name in list(model.adapters) or [None]:
+        model.set_adapter(name)
+        pieces = stream(model, tokenizer, prompt, **options)
+        heading = f"== {name} ==\n" if len(model.adapters) > 1 else ""
+        print(heading + prompt + next(pieces), end="", flush=True)  # not before the options are found to be good
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def adapter_names(given: list[str]) -> dict[str, Path]:
+    """[NAME=]DIR arguments -> each directory under its name: NAME, or its own, made distinct with -2, -3."""
+    adapters: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():  # a directory may have = in its name
+            path = Path(text)
+            own = name = path.resolve().name
+            n = 1
+            while name in adapters or name == "off":
+                n += 1
+                name = f"{own}-{n}"
+        else:
+            path = Path(directory)
+            if name in adapters or name in ("", "off") or name != name.strip():
+                raise ValueError(f"--adapter {text}: {name!r} is no name for an adapter, or is another's")
+        adapters[name] = path
+    return adapters

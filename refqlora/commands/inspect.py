@@ -1,0 +1,39 @@
+"""`refqlora inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from .inspection import inspect
+from .inspection_tables import tables
+from .options import console, report
+
+MORE = (
+    "PATH is a .safetensors file, or the directory of a model, an adapter or a run. Of a dense model it tells what "
+    "NF4 would cost each linear, of an adapter how large its change is."
+)
+
+
+def add(options: argparse.ArgumentParser) -> None:
+    options.add_argument("path", metavar="PATH", type=Path, help="a .safetensors file or a directory")
+    options.add_argument("--no-error", action="store_true", help="read headers only: no errors of NF4, no norms")
+    options.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
+
+
+def run(a: argparse.Namespace) -> None:
+    def progress(items: list[Any], title: str) -> Iterable[Any]:
+        bar = Console(stderr=True)
+        return track(items, title, console=bar, transient=True) if bar.is_terminal and not a.json else items
+
+    facts = inspect(a.path, error=not a.no_error, progress=progress)
+    if not a.json:
+        out = console(a)
+        for table in tables(facts):
+            out.print(table, highlight=False)
+    report(a, facts)

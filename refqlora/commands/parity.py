@@ -1,0 +1,110 @@
+"""`refqlora parity`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import Any
+
+from ..parity.checks import CHECKS, DIFFERS, FAILED, OK, SIZES
+from ..parity.checks import run as run_check
+from ..parity.kit import examine as kit
+from .options import count, natural
+
+PROTOCOL = """\
+MODULE is a dotted name or a .py file with any of these functions on NumPy arrays, each of which is then put through
+the vectors; what differs is said with its likely cause. In full: python -c "help('refqlora.parity')".
+
+  quantize(w, block_size) -> packed, absmax                       NF4: uint8 (ceil(n/2),), float32 (ceil(n/block_size),)
+  dequantize(packed, absmax, block_size, shape) -> weights        float32 of `shape`
+  quantize_constants(absmax) -> codes, nested_absmax, offset      double quantisation, in blocks of 256
+  dequantize_constants(codes, nested_absmax, offset) -> absmax
+  lora_forward(x, W, A, B, scale) -> y                            x (N, in), W (out, in), A (r, in), B (out, r)
+  lora_backward(dy, x, W, A, B, scale) -> dx, dA, dB
+  lora_dropout_forward(x, W, A, B, scale, keep, rate) -> y        keep bool (N, in)
+  lora_dropout_backward(dy, x, W, A, B, scale, keep, rate) -> dx, dA, dB
+"""
+
+
+MORE = (
+    "One line a check, then a verdict: against torch, transformers, PEFT, bitsandbytes and torchao live where they "
+    "are installed, otherwise against what was recorded from them. The exit code is 1 if anything differs."
+)
+
+
+def add(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--against", metavar="MODULE", help="examine this kernel instead: see below")
+    options.add_argument(
+        "--only", action="append", metavar="NAME", help="this check, or function of the kernel, alone; may be repeated"
+    )
+    options.add_argument("--seed", type=natural, help="of the random tensors and models (default: 0)")
+    options.add_argument(
+        "--size", type=size, help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; of kernels small)"
+    )
+    options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
+    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    options.formatter_class = argparse.RawDescriptionHelpFormatter  # so that the protocol keeps its lines
+    options.description = textwrap.fill(options.description, 100)
+    names = textwrap.fill(", ".join(check.name for check in CHECKS), 100, initial_indent="  ", subsequent_indent="  ")
+    options.epilog = f"{PROTOCOL}\nthe checks:\n{names}"
+
+
+def size(text: str) -> int:
+    return SIZES[text] if text in SIZES else count(text)
+
+
+def run(a: argparse.Namespace) -> int:
+    if a.recorded and (a.against or a.seed is not None or a.size is not None):
+        raise ValueError("--recorded goes with neither --against, --seed nor --size: the recording has its own")
+    return _kernel(a) if a.against else _libraries(a)
+
+
+def _libraries(a: argparse.Namespace) -> int:
+    names = _chosen(a.only, [check.name for check in CHECKS], "check")
+    lines = []
+    for check in CHECKS:
+        if check.name in names:
+            lines.append(run_check(check, a.seed or 0, a.size or SIZES["medium"], a.recorded))
+            _say(a, lines[-1])
+    wrong = [line.name for line in lines if line.status in (DIFFERS, FAILED)]
+    right = sum(line.status == OK for line in lines)
+    others = len(lines) - len(wrong) - right
+    verdict = f"WRONG: {', '.join(wrong)}" if wrong else "OK" if right else "nothing was compared"
+    verdict += f"; {right} of {len(lines)} checks agree" + (f", {others} skipped" if others else "")
+    return _end(a, verdict, bool(wrong) or not right, [line.to_dict() for line in lines])
+
+
+def _kernel(a: argparse.Namespace) -> int:
+    module = kit.load_kernel(a.against)
+    functions = kit.offered(module)
+    reports = []
+    for function in _chosen(a.only, functions, "function"):
+        reports.append(kit.examine(module, function, a.seed or 0, a.size or SIZES["small"]))
+        for line in reports[-1].lines():
+            _say(a, line)
+    absent = [name for name in kit.FUNCTIONS if name not in functions]
+    if absent:
+        _say(a, f"not offered: {', '.join(absent)}")
+    wrong = [report.function for report in reports if report.findings]
+    verdict = f"WRONG: {', '.join(wrong)}" if wrong else "OK"
+    return _end(a, verdict, bool(wrong), [report.to_dict() for report in reports])
+
+
+def _chosen(only: list[str] | None, names: list[str], what: str) -> list[str]:
+    for name in only or ():
+        if name not in names:
+            raise ValueError(f"no {what} {name!r}; there are: {', '.join(names)}")
+    return [name for name in names if not only or name in only]
+
+
+def _say(a: argparse.Namespace, line: Any) -> None:
+    if not a.json:
+        print(line, flush=True)
+
+
+def _end(a: argparse.Namespace, verdict: str, wrong: bool, details: list[dict[str, Any]]) -> int:
+    _say(a, f"\n{verdict}")
+    if a.json:
+        print(json.dumps({"verdict": verdict, "ok": not wrong, "lines": details}, indent=2))
+    return int(wrong)

@@ -1,0 +1,203 @@
+"""A model's files quantised, tensor by tensor: what `refqlora quantize` does."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..codebooks import CODEBOOKS
+from ..config import Config, check_shapes
+from ..files import bnb, model_files, pretrained, shards
+from ..files.bnb import TYPES
+from ..files.config_json import config_from_dict, read_config_json
+from ..files.hub import model_directory
+from ..files.writing import check_new, new_directory, write_json
+from ..quantization import BLOCK_SIZES, quantize
+from ..quantization_error import Error, quantization_error
+from .options import console, model, report
+
+# What belongs to a model besides its weights and config.json, and is copied as it is.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def quantize_files(
+    model: str | Path,
+    out: Path,
+    console: Console,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    shard_bytes: int = shards.SHARD,
+) -> dict[str, Any]:
+    """Read the Hugging Face directory `model` and write `out`, its linears in bitsandbytes' 4 bits, everything else as
+    it was, with the files that belong to a model; -> the figures.
+
+    transformers and bitsandbytes load `out` as they load their own. One tensor is in memory at a time. `out` must be
+    new or empty, and comes into being only when it is whole. Raises ValueError or FileNotFoundError naming what cannot
+    be quantised.
+    """
+    model = model_directory(model)
+    d = read_config_json(model)
+    config = config_from_dict(d, str(model / "config.json"))
+    if d.get("quantization_config") is not None:
+        raise ValueError(f"{model / 'config.json'}: the model is quantised already")
+    if kind not in bnb.TYPES:
+        raise ValueError(f"type must be one of {', '.join(bnb.TYPES)}, not {kind!r}")
+    out = out.resolve()
+    check_new(out)
+    rows: list[Row] = []
+    with new_directory(out) as directory:
+        for pattern in COMPANIONS:
+            for file in sorted(model.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, directory / file.name)
+        tensors = _quantized(model, config, rows, console, kind, block_size, double_quant)
+        nbytes = shards.write_model(directory, tensors, shard_bytes)
+        dtype = d.get("dtype") or d.get("torch_dtype")
+        dtype = bnb.DTYPES[dtype] if dtype in tuple(bnb.DTYPES) else rows[0].dtype
+        write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
+    facts = _figures(rows, nbytes, kind, block_size, double_quant)
+    console.print(_table(facts), highlight=False)
+    console.print(f"wrote {out}/", highlight=False, markup=False)
+    return facts
+
+
+class Row(NamedTuple):
+    """What became of a tensor: bytes before; after, of codes and constants; the error, None if it stayed as it was."""
+
+    name: str
+    size: int
+    dtype: np.dtype
+    before: int
+    after: int
+    error: Error | None
+
+
+def _quantized(
+    model: Path, config: Config, rows: list[Row], console: Console, kind: str, block_size: int, double_quant: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the new checkpoint; a row for each of the old goes to `rows`."""
+    shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
+    if config.tied:
+        shapes["lm_head.weight"] = shapes[config.head]  # some writers keep a copy
+    seen = {}
+    tensors: Iterable = model_files.read_model(model)
+    if console.is_terminal and not console.quiet:
+        tensors = track(tensors, "quantising", len(shapes), console=console, transient=True)
+    for name, tensor in tensors:
+        name, tensor = pretrained.from_file(config, name, tensor)
+        seen[name] = SimpleNamespace(shape=tensor.shape)
+        if name not in linears:
+            rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, tensor.nbytes, None))
+            yield pretrained.to_file(config, name, tensor)
+            del tensor  # before the next is read
+            continue
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{model}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
+        q = quantize(tensor, CODEBOOKS[kind], block_size, double_quant, name=f"{model}: {name}")
+        rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, q.nbytes, quantization_error(tensor, q)))
+        del tensor
+        yield from bnb.parts_of(name, q)
+    if config.tied:
+        seen.setdefault("lm_head.weight", SimpleNamespace(shape=shapes[config.head]))
+    check_shapes(seen, shapes, str(model))
+
+
+def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_quant: bool) -> dict[str, Any]:
+    """nbytes: of the new checkpoint's tensors, codebooks and all."""
+    layers: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.error is not None:
+            layers.setdefault(row.name.split(".")[-2], []).append(row)
+    quantized = [row for part in layers.values() for row in part]
+
+    def figures(part: list[Row]) -> dict[str, Any]:
+        error = sum((row.error for row in part), Error())
+        size = sum(row.size for row in part)
+        return {
+            "tensors": len(part),
+            "parameters": size,
+            "bits_per_parameter": 8 * sum(row.after for row in part) / size,
+            "relative_error": error.relative,
+            "largest_error": error.largest,
+        }
+
+    size, before = sum(row.size for row in rows), sum(row.before for row in rows)
+    return {
+        "type": kind,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "linears": figures(quantized),
+        "kinds": {name: figures(part) for name, part in layers.items()},
+        "parameters": size,
+        "bytes": {"before": before, "after": nbytes},
+        "bits_per_parameter": {"before": 8 * before / size, "after": 8 * nbytes / size},
+    }
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    nested = ", constants in 8 bits" if facts["double_quant"] else ""
+    title = f"{facts['type'].upper()} in blocks of {facts['block_size']}{nested}: the root mean square error, and that"
+    table = Table(title=title + " of the worst weight", title_justify="left")
+    columns = ("layer", "tensors", "parameters", "bits", "relative error", "largest error")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, row in {**facts["kinds"], "all linears": facts["linears"]}.items():
+        if name == "all linears":
+            table.add_section()
+        table.add_row(
+            name,
+            str(row["tensors"]),
+            f"{row['parameters']:,}",
+            f"{row['bits_per_parameter']:.3f}",
+            f"{row['relative_error']:.5f}",
+            f"{row['largest_error']:.2e}",
+        )
+    nbytes, bits = facts["bytes"], facts["bits_per_parameter"]
+    table.caption = (
+        f"the whole model: {nbytes['before']:,} bytes before, {nbytes['after']:,} after; "
+        f"{bits['before']:.2f} bits a parameter before, {bits['after']:.2f} after"
+    )
+    return table
+
+
+# ---- the command ----
+
+
+MORE = "Embeddings, norms and the output head stay as they are; the tokenizer comes along."
+
+
+def add(options: argparse.ArgumentParser) -> None:
+    model(options)
+    options.add_argument("--out", type=Path, required=True, help="directory to write to, new or empty")
+    options.add_argument("--type", choices=TYPES, default="nf4", help="the codebook: NormalFloat or 4-bit float")
+    options.add_argument(
+        "--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights that share a constant"
+    )
+    options.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
+    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+
+
+def run(a: argparse.Namespace) -> None:
+    facts = quantize_files(
+        a.model,
+        a.out,
+        console(a),
+        kind=a.type,
+        block_size=a.block_size,
+        double_quant=not a.no_double_quant,
+    )
+    report(a, facts)

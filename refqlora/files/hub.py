@@ -1,0 +1,83 @@
+"""A model on the Hugging Face hub: from its id, such as org/name or org/name@revision, to a local directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .reading import PICKLED, UNPICKLE
+
+BUNDLED = Path(__file__).parent.parent / "assets"  # the directory of the bundled base model
+
+# What is downloaded: what is read here, and never what is pickled. A directory inside holds another format's copy.
+FILES = [
+    "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "model*.safetensors", "model.safetensors.index.json",
+]  # fmt: skip
+NOT_FILES = ["*/*", *(f"*{suffix}" for suffix in PICKLED)]
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def model_directory(model: str | Path) -> Path:
+    """The directory of `model`: itself where it is one, else the hub's model of that id, downloaded.
+
+    huggingface_hub downloads it into its cache (HF_HOME), with its progress bars, and finds it there the next time,
+    offline too (HF_HUB_OFFLINE=1). Raises FileNotFoundError or ValueError that says in one line what to do where
+    there is neither, or the hub does not give it.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        if path.suffix in PICKLED:
+            raise ValueError(f"{path}: {UNPICKLE}")
+        raise ValueError(f"{path}: is a file; a model is the directory that holds config.json and *.safetensors")
+    match = _ID.fullmatch(str(model).replace(os.sep, "/"))
+    if match is None:
+        raise FileNotFoundError(f"{path}: no such directory (a model on the Hugging Face hub is written org/name)")
+    return _download(match["repo"], match["revision"])
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
+
+    asked = repo + (f"@{revision}" if revision else "")
+    elsewhere = f"download it where you can with `hf download {repo} --local-dir DIR` and give DIR"
+    try:
+        path = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=FILES, ignore_patterns=NOT_FILES, repo_type="model"
+            )
+        )
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{asked}: is gated: ask for access on https://huggingface.co/{repo}, then log in with `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{asked}: no such directory, and no such model on the Hugging Face hub; if it is private, log in with "
+            "`hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{asked}: the model has no revision {revision}") from None
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{asked}: no such directory, nor in the cache, and the Hugging Face hub cannot be reached: {elsewhere}"
+        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{asked}: no such directory, and no model's id: {_first_line(error)}") from None
+    except Exception as error:  # its own, those of the library beneath it, and the system's
+        raise OSError(f"{asked}: the download failed ({_first_line(error)}): {elsewhere}") from None
+    if not any(path.glob("model*.safetensors")):
+        raise FileNotFoundError(
+            f"{asked}: has no *.safetensors; where it has pickled weights that you trust, transformers converts them: "
+            f'AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained(OUT)'
+        )
+    return path
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,111 @@
+"""A model's directory, as transformers writes it, to a config and parameters and back: what `Model.from_pretrained` and
+`Model.save_pretrained` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codebooks import CODEBOOKS
+from ..config import Config, check_shapes
+from ..lora import Weight
+from ..quantization import QuantizedTensor
+from ..quantization import quantize as to_4_bits  # `quantize` is an option's name here
+from . import bnb, model_files, shards
+from .config_json import config_from_dict, config_to_dict, read_config_json, read_generation_config
+from .hub import model_directory
+from .writing import write_json
+
+
+def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, dict[str, Weight]]:
+    """The config and parameters of `model`, a directory or a hub's id, as `Model.from_pretrained` describes them.
+
+    What is missing, unexpected or misshapen is found in the files' headers, before the first tensor is read (in
+    bitsandbytes' files, whose weights come in parts, at the end).
+    """
+    if quantize not in (None, *CODEBOOKS):
+        raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
+    path = model_directory(model)
+    d, where = read_config_json(path), str(path / "config.json")
+    config = config_from_dict(d, where)
+    if eos := read_generation_config(path).get("eos_token_id"):
+        config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
+    stored = bnb.quantization_config(d, where)
+    if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
+        raise ValueError(f"{where}: is quantised already, not to {quantize}: give quantize=None or --no-quantize")
+
+    shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
+    expected = shapes | ({"lm_head.weight": shapes[config.head]} if config.tied else {})  # some writers keep a copy
+    if stored is None:
+        outline = dict(from_file(config, *item) for item in model_files.outline(path))
+        _check(outline, expected, config.tied, path)
+    params: dict[str, Weight] = {}
+    for name, tensor in bnb.read_model(path, stored):
+        name, tensor = from_file(config, name, tensor)
+        if isinstance(tensor, QuantizedTensor):
+            if name not in linears | {"lm_head.weight"}:
+                raise ValueError(
+                    f"{model_files.weights_file(path)}: {name} is quantised, which only a linear's weight may be"
+                )
+            params[name] = tensor
+        elif quantize and stored is None and name in linears:
+            params[name] = to_4_bits(tensor, CODEBOOKS[quantize], name=f"{path}: {name}")
+        elif (quantize or stored) and tensor.ndim > 1 and tensor.dtype.itemsize == 2:
+            params[name] = tensor
+        else:
+            params[name] = np.ascontiguousarray(tensor, dtype)
+        del tensor  # before the next is read
+    _check(params, expected, config.tied, path)
+    copy = params.pop("lm_head.weight") if config.tied and "lm_head.weight" in params else None
+    same = not isinstance(copy, QuantizedTensor) and (
+        copy is None or all(map(np.array_equal, copy, params[config.head]))
+    )
+    if not same:
+        raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
+    return config, {name: params[name] for name in shapes}
+
+
+def save(path: str | Path, config: Config, params: Mapping[str, Weight], dtype: Any, max_shard_size: int | str) -> None:
+    """Write config.json and the weights, as `Model.save_pretrained` describes it."""
+    path = Path(path)
+    shard_bytes = shards.parse_size(max_shard_size)
+    d = config_to_dict(config, dtype) | bnb.config_of(params, config.linears(), dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)
+    shards.write_model(path, tensors, shard_bytes)
+    write_json(path / "config.json", d)
+
+
+def _check(found: Mapping[str, Any], expected: dict[str, tuple[int, ...]], tied: bool, path: Path) -> None:
+    if tied and "lm_head.weight" not in found:
+        expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
+    check_shapes(found, expected, str(path))
+
+
+def from_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
+    """One tensor of a model file -> its name and layout here.
+
+    Here every name is that of the model with its output head (a base model saved without it lacks the prefix), and
+    every linear's weight is (out, in) (GPT-2's files hold the transpose; a quantised one is (out, in) there too).
+    """
+    architecture = config.architecture
+    parts = (architecture.embedding, architecture.positions, architecture.layers, architecture.final_norm)
+    if name.startswith(tuple(part.removeprefix(architecture.prefix) for part in parts if part)):
+        name = architecture.prefix + name
+    return name, _turned(config, name, tensor)
+
+
+def to_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
+    """A parameter -> the name and layout that a file has for it: the inverse of `from_file`."""
+    return name, _turned(config, name, tensor)
+
+
+def _turned(config: Any, name: str, tensor: Any) -> Any:
+    linear = name.removesuffix(".weight")
+    if not config.architecture.conv1d or linear == name or linear not in config.linears():
+        return tensor
+    return tensor.T if isinstance(tensor, np.ndarray) else tensor

@@ -1,0 +1,181 @@
+"""Files, whole or not at all: JSON and safetensors, read strictly and written atomically.
+
+Nothing is ever unpickled. A file is written under a temporary name and renamed, so that a killed run leaves the old
+file or the new one and never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_TYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+DTYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}  # by their names in a safetensors file
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+UNPICKLE = (
+    "is pickled, which is never opened, as it may run code; where you trust it, transformers converts it: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+)
+FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))  # what a weight may be
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises FileNotFoundError or ValueError that name the file; a key given twice is an error."""
+    try:
+        value = _parse(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _parse(data: bytes) -> Any:
+    """JSON in UTF-8. Raises ValueError for anything else, and for a key that an object has twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = set()
+        for key, _ in pairs:
+            if key in keys:
+                raise ValueError(f"the key {json.dumps(key)} is there twice")
+            keys.add(key)
+        return dict(pairs)
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class _UnknownDtype(ValueError):
+    """The file is as it should be, but NumPy has no such dtype."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in a safetensors file: it begins at byte `start`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file holds: each tensor by its name, in the order in which they lie, and the metadata.
+
+    The format (huggingface/safetensors, README): 8 bytes, the header's length; the header, JSON; the tensors' bytes,
+    without a gap. Raises FileNotFoundError, or ValueError that names the file and the tensor at fault, unless all
+    that the header says of names, dtypes, shapes and offsets agrees and fills the file to its last byte.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if 8 + length <= size and length <= MAX_HEADER else None
+    try:
+        if header is None:
+            raise ValueError(f"{size} bytes cannot hold a header of {length}" if size >= 8 else f"of {size} bytes")
+        return _check_header(_parse(header), 8 + length, size)
+    except _UnknownDtype as error:
+        raise ValueError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
+
+
+def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """`read_header` of what JSON has read; the tensors lie in the bytes from `start` to `size`."""
+    if not isinstance(header, dict):
+        raise ValueError(f"the header is no object but {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the metadata are not text by name")
+    for name, fields in header.items():
+        if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name} has not the fields dtype, shape and data_offsets")
+        for field in ("shape", "data_offsets"):
+            numbers = fields[field] if isinstance(fields[field], list) else [None]
+            if len(numbers) > 32 or not all(type(n) is int and n >= 0 for n in numbers):
+                raise ValueError(f"{name} has {field} {json.dumps(fields[field])[:80]}")
+        if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+            raise _UnknownDtype(f"{name} is {fields['dtype']}, expected one of {', '.join(DTYPES)}")
+    entries, at = {}, 0
+    for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
+        stop = at + math.prod(shape) * dtype.itemsize
+        if fields["data_offsets"] != [at, stop]:
+            found = f"{fields['data_offsets']} instead of {[at, stop]}"
+            raise ValueError(f"{name}, {dtype} of shape {shape}, takes the bytes {found}")
+        entries[name] = Entry(dtype, shape, start + at)
+        at = stop
+    if start + at != size:
+        raise ValueError(f"its tensors end at byte {start + at}, the file at {size}")
+    return entries, metadata
+
+
+def read_tensor(path: Path, entry: Entry) -> np.ndarray:
+    """One tensor of a safetensors file, as `read_header` has found it. The file is not mapped: pages of a mapped file
+    count as the process's own for as long as it is open."""
+    flat = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+    if flat.size != entry.nbytes:
+        raise ValueError(f"{path}: has become shorter while it was read")
+    return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of a safetensors file, one tensor in memory at a time. Raises what `read_header` raises."""
+    for name, entry in read_header(path)[0].items():
+        yield name, read_tensor(path, entry)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata in a safetensors file's header."""
+    return read_header(path)[1]
+
+
+def read_weights_header(
+    path: Path, dtypes: Sequence[np.dtype] = FLOATS, skip: tuple[str, ...] = ()
+) -> dict[str, Entry]:
+    """The tensors in a file that others made, but those whose names end in one of `skip`: no pickle stands in for the
+    file, and every tensor is of `dtypes`."""
+    path = Path(path)
+    if not path.is_file():
+        pickled = sorted(file for file in path.parent.glob("*") if file.suffix in PICKLED)
+        if pickled:
+            raise ValueError(f"{pickled[0]}: {UNPICKLE}")
+    entries = {name: entry for name, entry in read_header(path)[0].items() if not name.endswith(skip)}
+    for name, entry in entries.items():
+        if entry.dtype not in dtypes:
+            raise ValueError(f"{path}: {name} is {entry.dtype}, expected one of {', '.join(map(str, dtypes))}")
+    return entries
+
+
+def read_weights(path: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
+    """`read_tensors` of a file that others made, by the rules of `read_weights_header`."""
+    for name, entry in read_weights_header(path, dtypes).items():
+        yield name, read_tensor(path, entry)

@@ -1,0 +1,1 @@
+"""The kit: other people's kernels examined, and their mistakes named."""

@@ -1,0 +1,237 @@
+"""Somebody else's kernel held against the vectors, by the protocol in __init__.py: `refqlora parity --against`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ...quantization import BLOCK_SIZES, quantize_constants
+from ..differences import in_one_line, relative_difference
+from .diagnosis import LORA_BOUND, Trial, explain, explain_lora, positions
+from .trials import FLOATS, trials
+
+# Each function of the protocol, and what it returns.
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "quantize": ("packed", "absmax"),
+    "dequantize": ("weights",),
+    "quantize_constants": ("codes", "nested_absmax", "offset"),
+    "dequantize_constants": ("absmax",),
+    "lora_forward": ("y",),
+    "lora_backward": ("dx", "dA", "dB"),
+    "lora_dropout_forward": ("y",),
+    "lora_dropout_backward": ("dx", "dA", "dB"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: in which function and case, what differs and where, and the likely cause, if known."""
+
+    function: str
+    case: str
+    what: str
+    cause: str = ""
+    fault: bool = False  # it raised, or what it returned could not be compared
+
+    def __str__(self) -> str:
+        cause = f" · likely cause: {self.cause}" if self.cause else "" if self.fault else " · no known cause fits"
+        return f"{self.function} · {self.case} · {self.what}{cause}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one function: how many calls it was put through and what was found; nothing, where it is right."""
+
+    function: str
+    calls: int
+    findings: tuple[Finding, ...]
+
+    def lines(self, shown: int = 3) -> Iterator[str]:
+        """One line a finding, but of those with one cause the first few; or one line that all is right."""
+        if not self.findings:
+            exact = f"relative {LORA_BOUND:.0e}" if self.function.startswith("lora") else "no bit may differ"
+            yield f"{self.function} · {self.calls} calls · {exact} · OK"
+        seen: dict[str, int] = {}
+        for finding in self.findings:
+            seen[finding.cause] = seen.get(finding.cause, 0) + 1
+            if seen[finding.cause] <= shown:
+                yield str(finding)
+        for cause, count in seen.items():
+            if count > shown:
+                yield f"{self.function} · {count - shown} more like it{f' · {cause}' if cause else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_kernel(name: str) -> ModuleType:
+    """The module of this dotted name, or of this path to a .py file. Raises ValueError if it cannot be imported or
+    offers no function of the protocol."""
+    path = Path(name)
+    here = str(path.resolve().parent) if path.suffix == ".py" else str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # its neighbours can be imported
+    try:
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            with contextlib.redirect_stdout(sys.stderr):
+                spec.loader.exec_module(module)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):
+                module = importlib.import_module(name)
+    except FileNotFoundError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}") from None
+    if not offered(module):
+        raise ValueError(f"{name}: has none of the functions {', '.join(FUNCTIONS)}")
+    return module
+
+
+def offered(module: ModuleType) -> list[str]:
+    """The functions of the protocol that the module has."""
+    return [name for name in FUNCTIONS if callable(getattr(module, name, None))]
+
+
+def examine(module: ModuleType, function: str, seed: int = 0, size: int = 100_000) -> Report:
+    """Put one function of the module through every call, and say what differs. Whatever it raises is a finding."""
+    block_sizes = tuple(getattr(module, "BLOCK_SIZES", BLOCK_SIZES))
+    dtypes = tuple(np.dtype(t).name for t in getattr(module, "DTYPES", FLOATS))
+    calls = trials(function, seed, size, block_sizes, dtypes)
+    for trial in calls:
+        _call(getattr(module, function), trial)
+    return Report(function, len(calls), tuple(_findings(calls)))
+
+
+def _call(function: Any, trial: Trial) -> None:
+    """Call it, and put what it gave, or its fault, into the trial."""
+    arguments = trial.arguments
+    before = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
+    try:
+        with np.errstate(all="ignore"), contextlib.redirect_stdout(sys.stderr):
+            found = function(*arguments)
+    except (Exception, SystemExit) as error:
+        trial.fault = f"raised {in_one_line(error, ())}"
+        return
+    for i, (given, was) in enumerate(zip(arguments, before, strict=True)):
+        if isinstance(given, np.ndarray) and not np.array_equal(given, was):
+            trial.fault, trial.cause = f"its argument {i + 1} is changed", "it works in place; it must not"
+            given[...] = was
+            return
+    names = tuple(trial.expected)
+    outputs = found if isinstance(found, tuple | list) and len(names) > 1 else (found,)
+    if len(outputs) != len(names):
+        trial.fault = f"returned {len(outputs)} values where ({', '.join(names)}) is expected"
+        return
+    for name, output in zip(names, outputs, strict=True):
+        _accept(trial, name, output, outputs)
+        if trial.fault:
+            trial.found = {}
+            return
+    if trial.function == "quantize_constants" and "offset" not in trial.wrong():
+        # A mean may differ in its last bits, and all else follows from it: hold the rest against theirs.
+        codes, nested_absmax, _ = quantize_constants(trial.arguments[0], offset=np.float32(trial.found["offset"]))
+        trial.expected |= {"codes": codes, "nested_absmax": nested_absmax}
+
+
+def _accept(trial: Trial, name: str, output: Any, outputs: Sequence[Any]) -> None:
+    """Take one output if its dtype and shape are right."""
+    expected = trial.expected[name]
+    try:
+        x = np.asarray(output)
+    except Exception as error:
+        x = np.array(None)
+        trial.fault = f"{name} is no array: {in_one_line(error)}"
+        return
+    if x.dtype == object:
+        trial.fault = f"{name} is {type(output).__name__}, expected an array"
+    elif x.shape != expected.shape:
+        trial.fault = f"{name} has shape {x.shape}, expected {expected.shape}"
+        trial.cause = _shape_cause(trial, name, x, outputs)
+    elif trial.function.startswith("lora") or name == "offset":
+        if x.dtype.kind != "f":
+            trial.fault = f"{name} is {x.dtype}, expected float32"
+    elif x.dtype != expected.dtype:
+        trial.fault = f"{name} is {x.dtype}, expected {expected.dtype}"
+    trial.found[name] = x
+
+
+def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any]) -> str:
+    expected = trial.expected[name]
+    for (other, wanted), given in zip(trial.expected.items(), outputs, strict=True):
+        if other != name and x.shape == wanted.shape and np.shape(given) == expected.shape:
+            return f"{name} and {other} are swapped"
+    if x.size == expected.size:
+        if x.T.shape == expected.shape:
+            return f"{name} is transposed"
+        return f"it must be reshaped: {expected.size} elements are right"
+    if trial.function == "quantize":
+        w, block_size = trial.arguments
+        rows = w.size // w.shape[-1] * -(-w.shape[-1] // block_size)
+        if name == "absmax":
+            if x.shape == (w.size // block_size,):
+                return "the last, partial block is left out"
+            if x.size == rows:
+                return "blocks begin anew in every row; they run over the flat tensor"
+        elif np.shape(outputs[1]) == (w.size // block_size,) != trial.expected["absmax"].shape:
+            return "the last, partial block is left out"
+        elif x.shape == (w.size,):
+            return "two codes go into a byte"
+        elif x.shape == (w.size // 2,):
+            return "an odd size's last code is left out"
+    return ""
+
+
+def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
+    function = calls[0].function if calls else ""
+    lora, only = function.startswith("lora"), ""
+    if lora:
+        causes = {name: explain_lora(calls, name) for t in calls[:1] for name in t.expected if _any_wrong(calls, name)}
+        # What fits the calls that went through is why others did not: a matrix transposed, as when in = out.
+        only = next(iter(causes.values())) if len(set(causes.values())) == 1 else ""
+    else:
+        causes = explain(calls)
+    for i, trial in enumerate(calls):
+        if trial.fault:
+            yield Finding(function, trial.case, trial.fault, trial.cause or only, fault=True)
+        for name in trial.wrong():
+            cause = causes[name] if lora else causes.get(i, "")
+            yield Finding(function, trial.case, _difference(trial, name), cause)
+
+
+def _any_wrong(calls: Sequence[Trial], name: str) -> bool:
+    return any(name in trial.wrong() for trial in calls)
+
+
+def _difference(trial: Trial, name: str) -> str:
+    """What differs in one output, and where first."""
+    found, expected = trial.found[name], trial.expected[name]
+    if trial.function.startswith("lora"):
+        off = np.abs(found - expected.astype(np.float64))
+        at = np.unravel_index(int(np.argmax(np.where(np.isnan(off), np.inf, off))), off.shape)
+        where = f"{name} is off by {relative_difference(found, expected):.1e} (bound {LORA_BOUND:.0e}), most at"
+        return f"{where} {tuple(map(int, at))}: got {found[at]:.6g}, expected {expected[at]:.6g}"
+    if name == "offset":
+        return f"the offset: got {float(found)!r}, expected {float(expected)!r}"
+    if name == "packed":
+        name = "codes"
+        found, expected = (np.stack([p >> 4, p & 15], axis=1).reshape(-1) for p in (found, expected))
+    found, expected = found.reshape(-1), expected.reshape(-1)
+    off = positions(name, found, expected)
+    first = int(off[0])
+    n = trial.arguments[0].size if trial.function == "quantize" else expected.size
+    at = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
+    got, wanted = found[first].item(), expected[first].item()
+    return f"{len(off):,} of {expected.size:,} {name} differ, first {at}: got {got!r}, expected {wanted!r}"

@@ -1,0 +1,94 @@
+"""What a kernel's functions are called with, and what they must give: from the file of vectors, and at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ...codebooks import DYNAMIC
+from ...files.reading import read_tensors
+from ...quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize
+from ..cases import awkward_cases, large_cases, random_cases
+from ..checks import VECTORS
+from ..quantization import cases, constants_cases
+from .diagnosis import Trial
+from .mistakes import NF4
+
+Vectors = dict[str, np.ndarray]
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def trials(
+    function: str,
+    seed: int = 0,
+    size: int = 100_000,
+    block_sizes: tuple[int, ...] = BLOCK_SIZES,
+    dtypes: tuple[str, ...] = FLOATS,
+) -> list[Trial]:
+    """Every call of this function; random tensors have `size` weights together. Only block sizes and dtypes given."""
+    vectors = dict(read_tensors(VECTORS))
+    if function in ("quantize", "dequantize"):
+        tensors = _quantized(vectors, seed, size)
+        make = _quantize if function == "quantize" else _dequantize
+        return [t for w, q, name in tensors if q.block_size in block_sizes for t in make(w, q, name, dtypes)]
+    if function in ("quantize_constants", "dequantize_constants"):
+        return list(_constants(function, vectors))
+    return list(_lora(function, vectors))
+
+
+def _quantized(vectors: Vectors, seed: int, size: int) -> Iterator[tuple[np.ndarray | None, QuantizedTensor, str]]:
+    """(w, what it is quantised to, the case's name)."""
+    order = [case.key for case in (*awkward_cases(), *large_cases())]
+    for case, parts in sorted(cases(vectors), key=lambda found: order.index(found[0].key)):
+        if case.kind == "nf4":
+            w = vectors[f"w/{case.tensor}"]
+            q = QuantizedTensor(parts["packed"], parts["absmax"], NF4, w.shape, case.block_size, w.dtype)
+            yield w, q, case.tensor if case.block_size == 64 else f"{case.tensor}, blocks of {case.block_size}"
+    w = vectors["w/ordinary"]
+    yield np.asfortranarray(w), quantize(w, double_quant=False), "ordinary, columns in memory first"
+    spread = np.repeat(w, 2, axis=1)[:, ::2]
+    yield spread, quantize(w, double_quant=False), "ordinary, every other column of a wider matrix"
+    rng = np.random.default_rng(seed)
+    every = np.arange(256).astype(np.uint8)
+    absmax = rng.uniform(0.5, 2, 8).astype(np.float32)
+    yield None, QuantizedTensor(every, absmax, NF4, (512,), 64, np.dtype(np.float32)), "every byte"
+    for case, w in random_cases(rng, size):
+        yield w, quantize(w, NF4, case.block_size, False), f"{case.tensor}, blocks of {case.block_size}, {w.dtype}"
+
+
+def _quantize(w: np.ndarray | None, q: QuantizedTensor, name: str, dtypes: tuple[str, ...]) -> Iterator[Trial]:
+    if w is not None and w.dtype.name in dtypes:
+        yield Trial("quantize", name, (w, q.block_size), {"packed": q.packed, "absmax": q.absmax})
+
+
+def _dequantize(w: np.ndarray | None, q: QuantizedTensor, name: str, dtypes: tuple[str, ...]) -> Iterator[Trial]:
+    if w is None or w.flags.c_contiguous:  # the others have the same codes
+        expected = {"weights": dequantize(q)}
+        yield Trial("dequantize", name, (q.packed, q.absmax, q.block_size, q.shape), expected)
+
+
+def _constants(function: str, vectors: Vectors) -> Iterator[Trial]:
+    for name, parts in constants_cases(vectors):
+        absmax, offset = parts["absmax"], np.float32(parts["offset"])
+        codes, nested_absmax = vectors[f"8bit/{name}/nearest"], parts["nested_absmax"]
+        if function == "quantize_constants":
+            expected = {"codes": codes, "nested_absmax": nested_absmax, "offset": np.asarray(offset)}
+            yield Trial(function, name, (absmax,), expected)
+        else:
+            back = dequantize_blockwise(codes, nested_absmax, DYNAMIC, NESTED_BLOCK) + offset
+            yield Trial(function, name, (codes, nested_absmax, offset), {"absmax": back})
+
+
+def _lora(function: str, vectors: Vectors) -> Iterator[Trial]:
+    for case in sorted({key.split("/")[1] for key in vectors if key.startswith("lora/")}):
+        part = {key.rsplit("/", 1)[1]: x for key, x in vectors.items() if key.startswith(f"lora/{case}/")}
+        arguments = (part["x"], part["W"], part["A"], part["B"], float(part["scale"]))
+        prefix = ""
+        if "dropout" in function:
+            arguments, prefix = (*arguments, part["keep"], float(part["dropout"])), "dropped_"
+        if function.endswith("backward"):
+            expected = {name: part[prefix + name] for name in ("dx", "dA", "dB")}
+            yield Trial(function, case, (part["dy"], *arguments), expected)
+        else:
+            yield Trial(function, case, arguments, {"y": part[prefix + "y"]})

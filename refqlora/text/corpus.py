@@ -1,0 +1,150 @@
+"""Text for experiments without a download: the running Python's own standard library.
+
+Three domains: the library's source files (`modules`), its functions and the first lines of their docstrings
+(`docstring_examples`), and the language reference behind `help()` (`language_reference`). Each is divided
+into training and held-out text by the CRC-32 of a name, so that every Python on every machine divides alike.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import re
+import sys
+import sysconfig
+import textwrap
+import tokenize
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from .examples import Document, Example
+
+# Tests, tables, and packages that newer Pythons lack; pydoc_data is `language_reference`.
+LEFT_OUT = {"distutils", "encodings", "lib2to3", "pydoc_data", "test", "turtledemo"}
+
+# A module on the left has passages of the one on the right, in this Python or another: both share its side.
+GOES_WITH = {"_py_warnings": "warnings", "abc": "_py_abc", "dis": "ast", "wsgiref": "http"}
+
+_TABLE_ROW = re.compile(r"""\s*["'\d\[({-].*,\s*(#.*)?""")  # a literal, or a tuple of them, and a comma
+
+
+def modules(held_out: bool) -> list[Document]:
+    """The standard library's .py files, sorted by dotted name; about one module in twelve is held out.
+
+    A package is held out whole or not at all. Tests are left out, as are the packages distutils and lib2to3,
+    which newer Pythons lack, and files that are mostly data: half of their lines or more are rows of a table.
+
+    Raises FileNotFoundError if this Python keeps its library without sources (zipped or stripped).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    library = sorted(_library(root))
+    if not library:
+        raise FileNotFoundError(f"{root}: no source of the standard library: this Python zips or strips them")
+    return [document for document in library if _is_held_out(document.name) == held_out]
+
+
+def docstring_examples(held_out: bool) -> list[Example]:
+    """Functions and methods of the library: signatures as prompts, first lines of docstrings as completions.
+
+    A prompt is `def name(...):` as in the source, but dedented and without comments, and a newline; its
+    completion is four spaces, the line in triple quotes, and a newline. Signatures have at most 200
+    characters, lines are ASCII, of 10 to 100 characters that need no escapes. A pair is there once, and no
+    held-out prompt is also a training prompt.
+
+    Raises FileNotFoundError as `modules` does.
+    """
+    training = _documented_functions(modules(held_out=False))
+    if not held_out:
+        return training
+    prompts = {example.prompt for example in training}
+    examples = _documented_functions(modules(held_out=True))
+    return [example for example in examples if example.prompt not in prompts]
+
+
+def language_reference(held_out: bool) -> list[Document]:
+    """The language reference's topics as `help()` shows them, sorted by name; about one in ten is held out.
+
+    Some topics are passages of longer ones: a topic that repeats a paragraph of a longer one is left out, so
+    that no paragraph of 60 characters or more is on both sides.
+
+    Raises ModuleNotFoundError if this Python comes without `pydoc_data`.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("this Python comes without pydoc_data, the text behind help()") from error
+    kept, seen = [], set()
+    for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        paragraphs = {words for p in text.split("\n\n") if len(words := " ".join(p.split())) >= 60}
+        if not paragraphs & seen:
+            seen |= paragraphs
+            kept.append(Document(name, text))
+    return [topic for topic in sorted(kept) if (zlib.crc32(topic.name.encode()) % 10 == 1) == held_out]
+
+
+def _is_held_out(module: str) -> bool:
+    top = module.partition(".")[0]
+    return zlib.crc32(GOES_WITH.get(top, top).encode()) % 12 == 6
+
+
+def _library(root: Path) -> Iterator[Document]:
+    """Every source file under `root` that belongs to the corpus, named by its module."""
+    for top in sys.stdlib_module_names - LEFT_OUT:  # others put files there, too
+        for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if any(part in ("test", "tests") or part.endswith(("_test", "_tests")) for part in parts):
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")  # turns \r\n into \n: the same text on every system
+            except (FileNotFoundError, UnicodeDecodeError):  # built in or compiled; another encoding
+                continue
+            lines = [line for line in text.split("\n") if line.strip()]
+            if 2 * sum(_TABLE_ROW.fullmatch(line) is not None for line in lines) < len(lines):
+                yield Document(".".join(parts).removesuffix(".__init__"), text)
+
+
+def _documented_functions(documents: list[Document]) -> list[Example]:
+    """The examples of `docstring_examples` in these files, in the order of the source, each once."""
+    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
+
+
+@functools.cache  # parsing the whole library takes seconds, and both parts are asked for
+def _examples(source: str) -> tuple[Example, ...]:
+    """The examples in one file, in its order."""
+    examples = []
+    lines = source.split("\n")  # as ast counts them: a form feed ends no line
+    for function in _functions(ast.parse(source)):
+        summary = (ast.get_docstring(function) or "").split("\n")[0].strip()
+        if not 10 <= len(summary) <= 100 or not summary.isascii():
+            continue
+        if '"""' in summary or summary.endswith('"') or "\\" in summary:  # would need escapes
+            continue
+        signature = _signature(function, lines)
+        if len(signature) <= 200:
+            examples.append(Example(signature, f'    """{summary}"""\n'))
+    return tuple(examples)
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function below the node, in the order of the source."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        if not isinstance(child, ast.expr):  # there are no functions in an expression, but most of the nodes
+            yield from _functions(child)
+
+
+def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    """From `def` to the colon as in the source, dedented, without comments, with one newline at the end."""
+    docstring = function.body[0]
+    source = lines[function.lineno - 1 : docstring.lineno]
+    source[-1] = source[-1].encode()[: docstring.col_offset].decode()  # ast counts columns in bytes
+    text = textwrap.dedent("\n".join(source)).rstrip() + "\n"
+    source = text.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            source[row - 1] = source[row - 1][:column]
+    return "\n".join(line.rstrip() for line in source if line.strip()) + "\n"

@@ -1,0 +1,227 @@
+"""Adapters merged into their base: what is written, how far it is from what was trained, whole or not at all."""
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+
+import refqlora as rq
+from refqlora import commands as cli
+from refqlora.commands import merge
+from refqlora.commands.merge import merge_model
+from refqlora.files import reading as files
+
+TOKENS = np.arange(24).reshape(2, 12)
+KINDS = {
+    "LoRA": {},
+    "DoRA on q and down": {"dora": True, "targets": ("q_proj", "down_proj")},
+    "PiSSA": {"init": "pissa", "rank_pattern": {"q_proj": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tiny.save(tmp_path_factory.mktemp("base"))
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "pytorch_model.bin").write_bytes(b"old")
+    (path / ".cache").write_text("hidden")
+    return path
+
+
+def trained(base, path, seed=0, size=0.02, **options):
+    """An adapter's directory, each of its arrays moved at random."""
+    model = rq.Model.from_pretrained(base)
+    model.add_adapter(**{"rank": 4, "alpha": 8, **options})
+    rng = np.random.default_rng(seed)
+    for p in model.trainable().values():
+        p += (size * rng.standard_normal(p.shape)).astype(p.dtype)
+    model.save_adapter(path)
+    return path
+
+
+def with_adapter(base, *adapters, nf4):
+    """The model that was trained: the last adapter's, on its base."""
+    model = rq.Model.from_pretrained(base)
+    for i, adapter in enumerate(adapters):
+        model.load_adapter(adapter, str(i))
+    if nf4:
+        model.quantize()
+    return model
+
+
+def off(found, expected):
+    return abs(found - expected).max() / abs(expected).max()
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_merged_it_is_the_model_that_was_trained(kind, nf4, base, tmp_path):
+    """In 32 bits to rounding; and without an adapter every linear is what the base's was."""
+    adapter = trained(base, tmp_path / "a", **kind)
+    facts = merge_model(base, [adapter], tmp_path / "out", trained_on_nf4=nf4)
+    assert (facts["into"], facts["dtype"]) == ("dequantised" if nf4 else "original", "float32")
+    merged, model = rq.Model.from_pretrained(tmp_path / "out"), with_adapter(base, adapter, nf4=nf4)
+    expected = model.forward(TOKENS)[0]
+    assert off(merged.forward(TOKENS)[0], expected) < 1e-5
+    model.set_adapter(None)
+    assert off(model.forward(TOKENS)[0], expected) > 1e-3
+    assert facts["all"]["dequantised" if nf4 else "original"] < 1e-5
+    assert facts["all"]["original" if nf4 else "dequantised"] > 0.1
+
+
+def test_what_is_written(base, tmp_path):
+    adapter = trained(base, tmp_path / "a")
+    merge_model(base, [adapter], tmp_path / "new" / "out", dtype="bfloat16")
+    written = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    tensors = dict(files.read_tensors(tmp_path / "new/out/model.safetensors"))
+    assert {x.dtype for x in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "new/out/config.json").read_text())["dtype"] == "bfloat16"
+    merge_model(tmp_path / "new" / "out", [adapter], tmp_path / "again")  # the dtype of the base's files
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_errors_are_their_definitions(base, tmp_path):
+    adapter = trained(base, tmp_path / "a", targets=("q_proj", "up_proj"))
+    facts = merge_model(base, [adapter], tmp_path / "out", dtype="float16")
+    model = with_adapter(base, adapter, nf4=False)
+    squares = dict.fromkeys(("weight", "change", "original", "dequantised", "requantised"), 0.0)
+    for i in (0, 1):
+        linear = f"model.layers.{i}.self_attn.q_proj"
+        w = model.params[linear + ".weight"]
+        a, b, scale, *_ = model.adapters["0"].lora(linear)
+        change = scale * b @ a
+        learnt = rq.dequantize(rq.quantize(w)) + change
+        squares["weight"] += (w**2).sum()
+        squares["change"] += (change**2).sum()
+        squares["original"] += (((w + change).astype(np.float16).astype(np.float32) - learnt) ** 2).sum()
+        squares["dequantised"] += ((learnt.astype(np.float16).astype(np.float32) - learnt) ** 2).sum()
+        squares["requantised"] += ((rq.dequantize(rq.quantize(learnt)) - learnt) ** 2).sum()
+    row = facts["kinds"]["q_proj"]
+    assert row["linears"] == 2
+    assert row["change"] == pytest.approx((squares["change"] / squares["weight"]) ** 0.5, rel=1e-4)
+    for way in ("original", "dequantised", "requantised"):
+        assert row[way] == pytest.approx((squares[way] / squares["change"]) ** 0.5, rel=1e-3)
+    assert facts["kinds"]["k_proj"]["original"] is None  # nothing changes there
+    assert facts["all"]["linears"] == 14
+
+
+def test_what_requantising_erases(base, tmp_path):
+    """Small changes are lost in 4 bits, large ones are not."""
+    sizes = {0.002: None, 0.3: None}
+    for size in sizes:
+        adapter = trained(base, tmp_path / f"{size}", size=size)
+        sizes[size] = merge_model(base, [adapter], tmp_path / f"out{size}")
+    small, large = sizes.values()
+    assert small["all"]["change"] < 0.05 < 1 < large["all"]["change"]
+    assert (small["erased"], large["erased"]) == (True, False)
+    assert small["all"]["requantised"] > 0.9
+    assert large["all"]["requantised"] < 0.2
+    assert small["all"]["original"] > 1 > large["all"]["original"]
+
+
+def test_several_adapters_add_up(base, tmp_path):
+    one, two = (trained(base, tmp_path / str(seed), seed=seed, dora=seed == 1) for seed in (0, 1))
+    merge_model(base, [one, two], tmp_path / "out", trained_on_nf4=False)
+    merged = rq.Model.from_pretrained(tmp_path / "out")
+    model = with_adapter(base, one, two, nf4=False)
+    for linear in model.config.linears():
+        w = model.params[linear + ".weight"]
+        expected = sum(rq.merge(w, model.adapters[name].lora(linear)) - w for name in "01") + w
+        np.testing.assert_allclose(merged.params[linear + ".weight"], expected, atol=1e-6)
+
+
+def test_back_into_4_bits(base, tmp_path, monkeypatch):
+    """Every linear is requantised; until a quantised model can be saved, that is refused and nothing is left."""
+    adapter = trained(base, tmp_path / "a", targets=("q_proj",))
+    saved = []
+    monkeypatch.setattr(rq.Model, "save_pretrained", lambda self, path, **options: saved.append((self, options)))
+    assert merge_model(base, [adapter], tmp_path / "out", into="nf4")["dtype"] == "nf4"
+    ((model, options),) = saved
+    assert options == {}
+    expected = with_adapter(base, adapter, nf4=True)
+    for linear in model.config.linears():
+        q, learnt = model.params[linear + ".weight"], expected._linear(linear)
+        wanted = rq.dequantize(learnt[0]) if learnt[1] is None else rq.merge(*learnt)
+        np.testing.assert_array_equal(q.packed, rq.quantize(wanted).packed)
+
+
+def test_whole_or_not_at_all(base, tmp_path, monkeypatch):
+    adapter = trained(base, tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(merge.shutil, "copyfile", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge_model(base, [adapter], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "out"}
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.undo()
+    merge_model(base, [adapter], tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def test_the_command(base, tmp_path, capsys):
+    adapter = trained(base, tmp_path / "a", size=0.002)
+    argv = ["merge", "--model", str(base), "--adapter", str(adapter), "--out"]
+    assert cli.main([*argv, str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for kind in ("q_proj", "down_proj", "all"):
+        assert re.search(rf"│ {kind} +│ +0\.0\d+ │ +[\d.]+ │ +[\d.e-]+ │ +[\d.]+ │", printed), kind
+    assert "those trained (the NF4 base with the adapter), as a multiple of the adapter's own change" in printed
+    assert "Warning: 4 bits again lose the adapter" in printed
+    assert f"wrote {tmp_path / 'out'}/: merged into the dequantised base, float32" in printed.replace("\n", "")
+    assert cli.main([*argv, str(tmp_path / "json"), "--no-quantize", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["into"], facts["trained_on_nf4"]) == ("original", False)
+    assert cli.main([*argv, str(tmp_path / "original"), "--original", "--dtype", "float16", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["into"], facts["trained_on_nf4"], facts["dtype"]) == ("original", True, "float16")
+
+
+def test_what_it_refuses(base, tmp_path, capsys):
+    adapter, idle = trained(base, tmp_path / "a"), trained(base, tmp_path / "idle", size=0)
+    huge = trained(base, tmp_path / "huge", size=300)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    cases = {
+        f"--adapter {adapter} --out {tmp_path / 'full'}": "full: is there already, and not empty",
+        f"--adapter {adapter} --out {base}": "is there already, and not empty",
+        f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
+        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": r"proj\.weight: merged, it is beyond what float16",
+        f"--adapter {adapter} --out {tmp_path / 'o'} --nf4 --dtype float16": "does not go with nf4",
+        f"--adapter {idle} --out {tmp_path / 'o'}": "nothing to merge: the adapters change no weight",
+    }
+    for argv, message in cases.items():
+        assert cli.main(["merge", "--model", str(base), *argv.split()]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+        assert error.count("\n") == 1 + ("idle" in argv)  # what is zero throughout is warned of, in a line of its own
+        assert not (tmp_path / "o").exists()
+    for argv in ("--out o", "--adapter a", "--adapter a --out o --nf4 --original"):
+        with pytest.raises(SystemExit):
+            cli.main(["merge", *argv.split()])
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_untrained_adapter_is_warned_of_in_one_line(base, tmp_path, capsys):
+    idle = trained(base, tmp_path / "idle", size=0)
+    argv = ["generate", "--model", str(base), "--adapter", str(idle), "--prompt", "a", "--max-new-tokens", "1"]
+    assert cli.main(argv) == 0
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"refqlora generate: warning: .*: 14 of 14 lora_B are zero throughout \(.*\): .*\n", error)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_generate_quantises_after_the_weights_were_taken_apart(init, base, tmp_path, capsys, monkeypatch):
+    adapter = trained(base, tmp_path / "a", init=init)
+    seen = []
+    monkeypatch.setattr(cli.generate, "stream", lambda model, *args, **options: seen.append(model) or iter([""]))
+    assert cli.main(["generate", "--model", str(base), "--adapter", str(adapter), "--prompt", "a"]) == 0
+    expected = with_adapter(base, adapter, nf4=True)
+    np.testing.assert_array_equal(seen[0].forward(TOKENS)[0], expected.forward(TOKENS)[0])

@@ -1,0 +1,101 @@
+"""The figure is a PNG of the size that is wanted, whole or not at all, whatever rows there are."""
+
+import struct
+import warnings
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from refqlora.figures.loss import loss_figure
+
+SIZE = (840, 480)  # 7 x 4 inches of 120 dots
+
+
+def rows(steps, held_out=0):
+    losses = 3 + np.random.default_rng(0).random(steps)
+    rows = [{"step": i + 1, "loss": float(loss)} for i, loss in enumerate(losses)]
+    for row in rows[held_out - 1 :: held_out] if held_out else []:
+        row["held_out_loss"] = 3.4
+    return rows
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they were when they were saved."""
+    figures = []
+    savefig = Figure.savefig
+
+    def kept(self, *args, **options):
+        figures.append(self)
+        return savefig(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
+
+
+def labels(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "held_out", "legend"),
+    [
+        (1, 0, ["each step"]),
+        (1, 1, ["each step", "held out"]),
+        (99, 0, ["each step"]),
+        (250, 0, ["each step", "mean of 5 steps"]),
+        (250, 50, ["each step", "mean of 5 steps", "held out"]),
+    ],
+)
+def test_a_figure_of_the_rows_there_are(steps, held_out, legend, tmp_path, drawn):
+    path = tmp_path / "loss.png"
+    data = rows(steps, held_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_figure(path, data, "title")
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == SIZE
+    assert content[-8:-4] == b"IEND"
+    assert matplotlib.image.imread(path).std() > 0.01  # there is something on it
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+    assert labels(drawn[0]) == legend
+    lines = drawn[0].axes[0].get_lines()
+    np.testing.assert_array_equal(lines[0].get_ydata(), [row["loss"] for row in data])
+    if "mean of 5 steps" in legend:
+        assert lines[1].get_xdata()[0] == 5  # the mean of steps 1 to 5 stands at 5
+        assert lines[1].get_ydata()[-1] == pytest.approx(np.mean([row["loss"] for row in data[-5:]]))
+    if "held out" in legend:
+        points = [(row["step"], row["held_out_loss"]) for row in data if "held_out_loss" in row]
+        np.testing.assert_array_equal(lines[-1].get_xydata(), points)
+
+
+@pytest.mark.parametrize("title", ["on a$^$b.txt", "on $x^2$", "on \\frac", "on _a_{b}", "50 %"])
+def test_a_title_is_no_formula(title, tmp_path, drawn):
+    loss_figure(tmp_path / "loss.png", rows(3), title)
+    assert drawn[0].axes[0].get_title() == title
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_what_fails_leaves_the_old_figure(tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    loss_figure(path, rows(3), "old")
+    old = path.read_bytes()
+    savefig = Figure.savefig
+
+    def broken(self, target, **options):
+        savefig(self, target, **options)
+        target.write_bytes(target.read_bytes()[:100])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Figure, "savefig", broken)
+    with pytest.raises(OSError, match="full"):
+        loss_figure(path, rows(4), "new")
+    assert path.read_bytes() == old
+    monkeypatch.undo()
+    loss_figure(path, rows(4), "new")
+    assert path.read_bytes() != old
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]

@@ -1,0 +1,113 @@
+"""The bytes that are told are those of the arrays, and those that the allocator has seen."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import tiny
+
+import refqlora as rq
+from refqlora.memory.held import training_bytes
+from refqlora.quantization import QuantizedTensor
+from refqlora.training import loss_and_gradients
+
+
+def allocated():
+    """Bytes of array data that are alive now, as NumPy's allocator reports them to tracemalloc."""
+    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
+
+
+@pytest.fixture
+def traced():
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def step(model):
+    """The gradients and the optimiser of one step."""
+    _, grads = loss_and_gradients(model, *tiny.examples().batch([0, 1]))
+    return grads, rq.AdamW(model.trainable())
+
+
+def linears(config):
+    shapes = config.shapes()
+    return [shapes[name + ".weight"] for name in config.linears()]
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_quantised_base_with_an_adapter(rank, dtype):
+    model = rq.Model.from_config(tiny.config(), 0, dtype)
+    model.quantize()
+    model.add_adapter(rank=rank)
+    found = training_bytes(model, *step(model))
+
+    size = np.dtype(dtype).itemsize
+    dense = sum(np.prod(shape) for shape in model.config.shapes().values()) - sum(
+        a * b for a, b in linears(model.config)
+    )
+    blocks = [-(-a * b // 64) for a, b in linears(model.config)]
+    adapter = size * sum(rank * (a + b) for a, b in linears(model.config))
+    assert found == {
+        "codes": sum(-(-a * b // 2) for a, b in linears(model.config)),
+        "constants": sum(n + 4 * -(-n // 256) for n in blocks),  # a byte a block, four for each 256 of them
+        "dense": size * dense,
+        "adapter": adapter,
+        "gradients": adapter,
+        "optimizer": 2 * adapter,
+        "total": sum(value for key, value in found.items() if key != "total"),
+    }
+
+
+def test_full_training():
+    model = rq.Model.from_config(tiny.config())
+    found = training_bytes(model, *step(model))
+    weights = sum(p.nbytes for p in model.params.values())
+    expected = {"codes": 0, "constants": 0, "dense": weights, "adapter": 0, "gradients": weights}
+    assert found == {**expected, "optimizer": 2 * weights, "total": 4 * weights}
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_weights_that_pissa_has_in_place_of_the_model_s(quantize):
+    model = rq.Model.from_config(tiny.config())
+    model.add_adapter(rank=2, init="pissa", targets=("q_proj", "down_proj"))
+    if quantize:
+        model.quantize()
+    found = training_bytes(model, *step(model))
+    held = [*model.params.values(), *model.adapters["default"].residual.values()]
+    assert len(held) == len(model.params) + 4
+    assert found["codes"] + found["constants"] + found["dense"] == sum(w.nbytes for w in held)
+
+
+def test_constants_that_are_not_quantised():
+    model = rq.Model.from_config(tiny.config())
+    model.quantize(double_quant=False)
+    model.add_adapter(rank=2, targets=("q_proj",))
+    packed = [p for p in model.params.values() if isinstance(p, QuantizedTensor)]
+    assert training_bytes(model, *step(model))["constants"] == sum(p.constants().nbytes for p in packed)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_allocator_has_seen_every_byte(quantize, traced):
+    """To the byte, the parts one after the other; the weights and all else that lives before them do not count."""
+    step(rq.Model.from_config(tiny.config()))  # whatever is made once and kept
+    begin = allocated()
+    model = rq.Model.from_config(tiny.config())
+    if quantize:
+        model.quantize()
+    base = allocated()
+    model.add_adapter(rank=4)
+    adapter = allocated()
+    optimizer = rq.AdamW(model.trainable())
+    moments = allocated()
+    _, grads = loss_and_gradients(model, *tiny.examples().batch([0, 1]))
+    end = allocated()
+
+    found = training_bytes(model, grads, optimizer)
+    assert adapter - base == found["adapter"]
+    assert moments - adapter == found["optimizer"]
+    assert end - moments == found["gradients"]
+    assert base - begin == found["codes"] + found["constants"] + found["dense"]
+    assert end - begin == found["total"]

@@ -1,0 +1,379 @@
+"""Templates are rendered as their authors mean, and what the assistant says, and no more, counts.
+
+That the text is transformers' to the byte is for test_parity_chat.py to show.
+"""
+
+import json
+
+import pytest
+import tiny
+from chat_templates import (
+    CHATML,
+    CONVERSATIONS,
+    GENERATION,
+    LLAMA3,
+    MISTRAL,
+    PHI3,
+    TEMPLATES,
+    THINKING,
+    ZEPHYR,
+    messages,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+from refqlora.text.chat import PLAIN, ChatTemplate, Marked, load_chat_template
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def template(source, **options):
+    return ChatTemplate(source, TOKENS, **options)
+
+
+def counted(marked):
+    return [marked.text[start:end] for start, end in marked.spans]
+
+
+# ---- what it renders ----
+
+
+def test_the_plain_format():
+    plain = ChatTemplate(PLAIN, {"beginning": "<s>", "eos_token": "</s>"})
+    talk = messages("Hi {{ x }}", "Hello\n", "Bye", system="Be kind.")
+    text = "<s>system: Be kind.\nuser: Hi {{ x }}\nassistant: Hello\n</s>\nuser: Bye\n"
+    assert plain.render(talk) == text
+    assert plain.render(talk, add_generation_prompt=True) == text + "assistant:"
+
+
+def test_the_messages_are_left_as_they_were():
+    source = "{% set _ = messages.append({'role': 'user', 'content': 'x'}) %}"
+    with pytest.raises(
+        ValueError, match="refuses the messages: access to attribute 'append' of 'list' object is unsafe"
+    ):
+        template(source).render(messages("Hi"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ dict.mro() }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os }}",
+    ],
+)
+def test_a_template_is_kept_from_the_interpreter(source):
+    try:
+        text = template(source).render(messages("Hi"))
+    except ValueError as error:
+        assert "refuses the messages" in str(error)  # noqa: PT017  (it may also render to nothing)
+    else:
+        assert text == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('Two\n lines') }}", "the chat template refuses the messages: Two lines"),
+        ("{{ messages[7].content.x }}", "refuses the messages: .*no element 7"),
+        ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
+        ("{{ 'a' + 1 }}", "refuses the messages: can only concatenate str"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses the messages: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: maximum recursion depth"),
+    ],
+)
+def test_what_goes_wrong_in_a_template_is_one_line_that_names_the_file(source, message):
+    with pytest.raises(ValueError, match=f"^a/b.json: .*{message}") as error:
+        ChatTemplate(source, TOKENS, where="a/b.json").render(messages("Hi"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages", "line 1 of the chat template: unexpected end of template"),
+        ("a\nb\n{% for %}", "line 3 of the chat template: "),
+        ("{% generation %}a", "line 1 of the chat template: "),
+        ("{{ messages | nothing }}", "line 1 of the chat template: No filter named 'nothing'"),
+    ],
+)
+def test_a_template_that_is_none(source, message):
+    with pytest.raises(ValueError, match=f"^a/b.json: {message}"):
+        ChatTemplate(source, TOKENS, where="a/b.json")
+
+
+# ---- what counts ----
+
+TALK = messages("Hi", "Hello there", "How many\n\nsacks?", " Two.\n", system="Be kind.")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, ["Hello there<|im_end|>", " Two.\n<|im_end|>"]),
+        (TEMPLATES["qwen"], ["Hello there<|im_end|>", " Two.\n<|im_end|>"]),
+        (LLAMA3, ["Hello there<|eot_id|>", "Two.<|eot_id|>"]),
+        (MISTRAL, [" Hello there</s>", "  Two.\n</s>"]),
+        (ZEPHYR, ["Hello there</s>", " Two.\n</s>"]),
+        (PHI3, ["Hello there<|end|>", " Two.\n<|end|>"]),
+        (GENERATION, ["Hello there<|im_end|>", " Two.\n<|im_end|>"]),
+        (GENERATION.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen"), ["Hello there", " Two.\n"]),
+        (PLAIN, [" Hello there</s>", "  Two.\n</s>"]),
+    ],
+)
+def test_what_the_assistant_says_counts(source, expected):
+    for last in ([], messages("And then?"), messages("And then?", " \n")):  # what nobody answers, or with nothing
+        (text,) = template(source).examples(TALK + last)
+        assert counted(text) == expected
+    assert text.text[: text.spans[-1][1]] in template(source).render(TALK)
+
+
+def test_no_user_counts_and_no_system():
+    for source in (CHATML, LLAMA3, MISTRAL, ZEPHYR, GENERATION, PLAIN):
+        (text,) = template(source).examples(TALK)
+        assert not any(word in "".join(counted(text)) for word in ("Hi", "sacks", "kind", "user", "assistant", "INST"))
+
+
+def test_where_nothing_ends_an_answer_the_last_gets_the_end_of_text():
+    source = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    source += "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    (text,) = template(source, eos="<eos>").examples(TALK)
+    assert counted(text) == ["Hello there", " Two.<eos>"]
+    assert text.text.endswith(" Two.<eos>")
+    assert template(source).end(messages("Hi")) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (GENERATION, "<|im_end|>"), (PLAIN, "</s>")],
+)
+def test_the_end_of_an_answer(source, end):
+    assert template(source).end(messages("Hi")) == end
+
+
+def test_an_answer_that_is_written_otherwise_later_is_a_text_of_its_own():
+    talk = messages("a", "<think>1</think>\nb", "c", "d", "e", "<think>2</think>\nf")
+    texts = template(THINKING).examples(talk)
+    assert [counted(text) for text in texts] == [
+        ["<think>1</think>\nb<|im_end|>"],
+        ["d<|im_end|>", "<think>2</think>\nf<|im_end|>"],
+    ]
+    for text, n in zip(texts, (2, 6), strict=True):  # each as it is when it is to be generated
+        before = template(THINKING).render(talk[: n - 1], True)
+        assert text.text.startswith(before)
+        assert text.spans[-1] == (len(before), len(text.text))
+    assert len(template(THINKING).examples(messages("a", "b", "c", "d"))) == 1  # no thoughts, nothing to rewrite
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|endoftext|>", "<|end|>"])
+def test_the_end_of_the_whole_text_is_not_that_of_an_answer(eos):
+    """Phi-3's template ends a conversation with the end of text, after the end of the last answer."""
+    phi3 = ChatTemplate(PHI3, {"eos_token": eos}, eos)
+    assert phi3.render(messages("Hi", "Hello")).endswith("Hello<|end|>\n" + eos)
+    assert phi3.end(messages("Hi")) == "<|end|>"
+    (text,) = phi3.examples(messages("Hi", "Hello", "Bye", "Ciao"))
+    assert counted(text) == ["Hello<|end|>", "Ciao<|end|>"]
+    assert text.text.endswith("Ciao<|end|>")
+
+
+def test_where_only_the_last_answer_has_an_end():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' if not loop.last }}{% endfor %}"
+    source += "{{ '\nassistant:' if add_generation_prompt else eos_token }}"
+    texts = template(source, eos="</s>").examples(messages("Hi", "Hello", "Bye", "Ciao"))
+    assert [counted(text) for text in texts] == [[" Hello</s>"], [" Ciao</s>"]]
+
+
+def test_an_answer_that_the_generation_prompt_does_not_begin():
+    source = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
+    message = (
+        r"messages\[1\]: c\.json: .* begins this answer with 'Hello.* where its generation prompt has '<think>\\n'"
+    )
+    with pytest.raises(ValueError, match=message):
+        template(source, where="c.json").examples(messages("Hi", "Hello"))
+    with pytest.raises(ValueError, match=r"messages\[3\]: c\.json: the chat template leaves this answer out"):
+        template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", where="c.json").examples(
+            TALK[1:]
+        )
+
+
+def test_marks_that_mark_nothing():
+    source = "{% for m in messages if m.role == 'bot' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"c\.json: the template's {% generation %} marks nothing"):
+        template(source, where="c.json").examples(messages("Hi", "Hello"))
+
+
+def test_nothing_said():
+    for talk in ([], messages("Hi"), messages("Hi", ""), messages("Hi", "\n ")):
+        for source in (CHATML, GENERATION):
+            with pytest.raises(ValueError, match="expected something said by the assistant, found nothing"):
+                template(source).examples(talk)
+
+
+def test_marks_within_a_macro():
+    """Where transformers' own count of characters is off: it does not see what a macro has written before."""
+    source = "{% macro say(m) %}<{{ m.role }}>{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+    source += "{% for m in messages %}{{ say(m) if m.role == 'assistant' else m.content }}{% endfor %}"
+    (text,) = template(source).examples(messages("Hi", "Hello", "Bye", "Ciao"))
+    assert counted(text) == ["Hello", "Ciao"]
+    assert text.text == template(source).render(messages("Hi", "Hello", "Bye", "Ciao"))
+
+
+words = st.text(alphabet="ab \n<>|é🐟", min_size=1).filter(str.strip)
+
+
+@given(st.lists(words, min_size=2, max_size=6), st.sampled_from([CHATML, GENERATION, MISTRAL, PLAIN]))
+def test_every_answer_counts_once_and_whole(contents, source):
+    contents = contents[: len(contents) // 2 * 2]
+    texts = template(source).examples(messages(*contents))
+    found = [part for text in texts for part in counted(text)]
+    assert len(found) == len(contents) // 2
+    assert all(answer in part for answer, part in zip(contents[1::2], found, strict=True))
+
+
+# ---- tokens ----
+
+
+def special(*tokens):
+    tokenizer = Tokenizer.from_str(tiny.tokenizer().to_str())
+    tokenizer.add_special_tokens(list(tokens))
+    return tokenizer
+
+
+def test_special_tokens_in_the_text_are_read_and_none_is_added():
+    tokenizer = special("<s>", "<|im_start|>", "<|im_end|>")
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    (text,) = template(GENERATION).examples(TALK[1:])
+    ids, counts = text.tokenize(tokenizer)
+    assert ids.count(bos) == 1
+    assert ids[0] == bos
+    assert [tokenizer.id_to_token(i) for i in ids].count("<|im_end|>") == 4
+    assert ids[-1] == tokenizer.token_to_id("<|im_end|>")
+    assert counts[-1]
+    said = [i for i, count in zip(ids, counts, strict=True) if count]
+    assert tokenizer.decode(said, skip_special_tokens=False) == "Hello there<|im_end|> Two.\n<|im_end|>"
+
+
+@pytest.mark.parametrize("said", ["🐟", "Zoë", " 日本", "a🐟b", "\n"])
+def test_all_bytes_of_a_character_count(said):
+    tokenizer = tiny.tokenizer()
+    text = f"The 🐟 {said}→ mill"
+    start = text.index(said, 6)
+    ids, counts = Marked(text, ((start, start + len(said)),)).tokenize(tokenizer)
+    counted = [i for i, count in zip(ids, counts, strict=True) if count]
+    assert said in tokenizer.decode(counted)
+    assert len(tokenizer.decode(counted)) <= len(said) + 1  # a token may have a space of the neighbour's
+    assert counts[-1]
+    assert not counts[0]
+
+
+def test_what_the_tokenizer_drops():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    tokenizer.normalizer = normalizers.Replace("x", "")
+    assert Marked("a", ((0, 1),)).tokenize(tokenizer) == ([0], [True])
+    with pytest.raises(ValueError, match="the tokenizer has no token for what is said in 'x'"):
+        Marked("x", ((0, 1),)).tokenize(tokenizer)
+
+
+# ---- files ----
+
+
+def directory(path, tokenizer=None, config=None, **files):
+    (tokenizer or tiny.tokenizer()).save(str(path / "tokenizer.json"))
+    if config is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (path / name.replace("_jinja", ".jinja")).write_bytes(content)
+    return path, tokenizer or tiny.tokenizer()
+
+
+@pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": ""}, {"bos_token": "<s>"}])
+def test_without_a_template_the_plain_format(config, tmp_path):
+    path, tokenizer = directory(tmp_path, config=config)
+    plain = load_chat_template(path, tokenizer, 0)
+    assert plain.render(messages("Hi", "Hello")) == "user: Hi\nassistant: Hello<|endoftext|>\n"
+    assert load_chat_template(path, tokenizer, None).render(messages("Hi", "Hello")) == "user: Hi\nassistant: Hello\n"
+
+
+def test_the_plain_format_begins_as_the_tokenizer_begins_texts(tmp_path):
+    tokenizer = special("<s>", "</s>")
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    plain = load_chat_template(*directory(tmp_path, tokenizer), ids[1][1])
+    assert plain.render(messages("Hi", "Hello")) == "<s>user: Hi\nassistant: Hello</s>\n"
+
+
+def test_an_end_that_is_no_token_of_its_own(tmp_path):
+    tokenizer = tiny.tokenizer()
+    letter = tokenizer.token_to_id("Ġ")  # a byte's letter stands for a space: as text it is something else
+    with pytest.raises(ValueError, match="the tokenizer does not read 'Ġ', the end of a text, as one token"):
+        load_chat_template(*directory(tmp_path, tokenizer), letter)
+    directory(tmp_path, tokenizer, {"chat_template": CHATML})
+    assert load_chat_template(tmp_path, tokenizer, letter).eos == ""  # the template ends answers itself
+
+
+@pytest.mark.parametrize("eos", [-1, 10**6, "the end", 1.5])
+def test_an_end_that_is_no_token_at_all(eos, tmp_path):
+    assert load_chat_template(*directory(tmp_path), eos).eos == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"chat_template": 7}, r'tokenizer_config\.json: "chat_template" must be text, or a list'),
+        ({"chat_template": ["a"]}, r'tokenizer_config\.json: "chat_template" must be text, or a list'),
+        ({"chat_template": [{"name": "default", "template": None}]}, r'"chat_template" must be text, or a list'),
+        ({"chat_template": [{"name": "rag", "template": "a"}]}, "no chat template is named default; there are: rag"),
+        ({"chat_template": "{{ messages"}, r"tokenizer_config\.json: line 1 of the chat template: unexpected end"),
+        ([], r"tokenizer_config\.json: expected a JSON object, found list"),
+    ],
+)
+def test_what_is_wrong_with_the_file(config, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_chat_template(*directory(tmp_path, config=config), 0)
+
+
+def test_what_is_wrong_with_a_jinja_file(tmp_path):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: line 2 of the chat template"):
+        load_chat_template(*directory(tmp_path, chat_template_jinja=b"a\n{{"), 0)
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: a chat template is not UTF-8 text"):
+        load_chat_template(*directory(tmp_path, chat_template_jinja=b"\xff"), 0)
+
+
+def test_sentencepiece_spaces_are_counted_with_their_word():
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁Hi", "▁Hello", ":", "▁"])}
+    tokenizer = Tokenizer(
+        models.BPE({**vocabulary, **{c: 6 + i for i, c in enumerate("▁Hielo")}}, [], unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.add_special_tokens(["</s>"])
+    (text,) = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}:{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}", {}
+    ).examples(messages("Hi", "Hello"))
+    ids, counts = text.tokenize(tokenizer)
+    assert [tokenizer.id_to_token(i) for i, count in zip(ids, counts, strict=True) if count] == [*"Hello", ":", "</s>"]
+
+
+def test_all_conversations_of_all_templates_learn_what_is_said():
+    """Whatever the template and the talk, what counts is in it, in order, and ends what is kept."""
+    learnt = 0
+    for source in TEMPLATES.values():
+        for talk in CONVERSATIONS.values():
+            try:
+                texts = ChatTemplate(source, {**TOKENS, "unk_token": "<unk>"}).examples(talk)
+            except ValueError:
+                continue
+            for text in texts:
+                learnt += len(text.spans)
+                assert text.spans
+                assert all(0 <= start < end <= len(text.text) for start, end in text.spans)
+                assert list(text.spans) == sorted(text.spans)
+    assert learnt > 100
