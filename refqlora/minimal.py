@@ -5,8 +5,8 @@ takes a gradient and two running means for each. QLoRA (Dettmers et al. 2023, ar
     Q     W is rounded to 4 bits a weight, once, and then stays as it is.
     LoRA  Two thin matrices are trained in its place, A (r, in) and B (out, r), r small: y = x W^T + s (x A^T) B^T.
 
-Read from top to bottom, then watch it learn: python -m refqlora.minimal. Left out are biases, dropout, and weights odd
-in number. The rest of refqlora has them, does the same faster, and is tested against this page.
+Read from top to bottom, then watch it learn: python -m refqlora.minimal. This page leaves out biases, dropout and
+matrices of an odd size. The rest of refqlora has them, does the same faster, and is tested against this page.
 """
 
 import inspect
@@ -44,7 +44,7 @@ def to_codes(x: ndarray, values: ndarray, block: int) -> tuple[ndarray, ndarray]
     absmax = abs(rows).max(axis=1)  # (blocks,)
     absmax[full:] = np.maximum(absmax[full:], tiny)
     rows[:full] *= (1 / np.maximum(absmax[:full], tiny))[:, None]  # full blocks are multiplied by 1 / absmax,
-    rows[full:] /= absmax[full:, None]  # a last one that is not full is divided: bitsandbytes' roundings
+    rows[full:] /= absmax[full:, None]  # a last one that is not full is divided: so bitsandbytes rounds
     codes = np.searchsorted((values[:-1] + values[1:]) / 2, rows.reshape(-1)[:n])  # (n,): how many midpoints are below
     return codes.astype(np.uint8), absmax
 
@@ -52,8 +52,8 @@ def to_codes(x: ndarray, values: ndarray, block: int) -> tuple[ndarray, ndarray]
 def quantize(w: ndarray) -> tuple:
     codes, absmax = to_codes(w.reshape(-1), NF4, 64)  # (n,), (n / 64,)
     packed = codes[0::2] << 4 | codes[1::2]  # (n / 2,): two codes a byte, the first in the high half
-    mean = float32(absmax.mean(dtype=float))
-    absmax8, nested = to_codes(absmax - mean, DYNAMIC, 256)  # double quantisation: (n / 64,), (n / 64 / 256,)
+    mean = float32(absmax.mean(dtype=float))  # double quantisation: absmax, less its mean, becomes codes as well
+    absmax8, nested = to_codes(absmax - mean, DYNAMIC, 256)  # (n / 64,), (n / 64 / 256,)
     return packed, absmax8, nested, mean, w.shape
 
 

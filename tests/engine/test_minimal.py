@@ -96,7 +96,7 @@ def test_the_linear_layer():
         np.testing.assert_allclose(found, value, rtol=1e-12, atol=1e-13)
 
 
-def test_the_page_s_linear_has_the_right_gradients():
+def test_gradients_of_the_linear_layer():
     x, w, A, B, s, dy = layer()
     W = minimal.quantize(w)
 
@@ -109,7 +109,7 @@ def test_the_page_s_linear_has_the_right_gradients():
         assert relative_error(numeric, gradient.reshape(-1)) < TOLERANCE
 
 
-def test_the_page_s_network_has_the_right_gradients():
+def test_gradients_of_the_network():
     W1, W2 = minimal.quantize(draw(6, 1024).astype(np.float32)), minimal.quantize(draw(128, 6).astype(np.float32))
     params = [draw(*shape) / 3 for shape in ((3, 1024), (6, 3), (3, 6), (128, 3))]
     windows = np.random.default_rng(5).integers(128, size=(4, 9))
