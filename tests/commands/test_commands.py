@@ -65,6 +65,20 @@ def test_help_tells_every_option_and_its_default(command, capsys, monkeypatch):
     assert ("--model" in out) == ("(default: the bundled base)" in out)
 
 
+def test_alone_it_prints_the_help(capsys):
+    assert call("--help") == 0
+    help_text = capsys.readouterr().out
+    assert call() == 0
+    assert capsys.readouterr().out == help_text
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(*command.split(), "--help") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_version_is_the_package_s(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"refqlora {rq.__version__}\n"
@@ -244,7 +258,7 @@ def tree(place):
 FINETUNE = "finetune --model model --max-length 16 --steps 2 --out out --data text.txt "
 GENERATE = "generate --model model --prompt sacks "
 BAD = [
-    ("", "required: COMMAND"),
+    ("--nonsense", "required: COMMAND"),
     ("nonsense", "invalid choice: 'nonsense'"),
     ("finetune --model model", "required: --data"),
     (FINETUNE + "--nonsense", "unrecognized arguments: --nonsense"),
@@ -389,7 +403,7 @@ def test_interrupted_and_resumed(place, capsys):
     options = FINETUNE.replace("--steps 2", "--steps 5")
     with tiny.interrupted(finetune, 3, checkpoint_every=1):
         assert call(*options.split()) == 130
-    assert "--resume goes on from the last checkpoint" in capsys.readouterr().err
+    assert "refqlora finetune: interrupted" in capsys.readouterr().err
     assert call(*options.split()) == 2
     assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0
