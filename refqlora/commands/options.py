@@ -69,7 +69,7 @@ def _at_least(least: int) -> Callable[[str], int]:
         except ValueError:
             value = -1
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, not {text}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r:.80}")
         return value
 
     return whole_number

@@ -61,9 +61,9 @@ def size(text: str) -> int:
     """How many weights; ArgumentTypeError for what is neither a size's name nor a number."""
     try:
         return SIZES[text] if text in SIZES else count(text)
-    except argparse.ArgumentTypeError as error:
+    except argparse.ArgumentTypeError:
         names = ", ".join(f"{name} ({weights:,})" for name, weights in SIZES.items())
-        raise argparse.ArgumentTypeError(f"{error}, nor one of {names}") from None
+        raise argparse.ArgumentTypeError(f"expected {names} or a number of weights, got {text!r:.80}") from None
 
 
 def run(a: argparse.Namespace) -> int:
