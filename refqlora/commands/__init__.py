@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "say what is in a file or directory: tensors, quantisation, adapter, training",
     "parity": "hold this package, or your own kernel, against the real libraries",
     "info": "say what this machine has: versions, processor, memory, BLAS, GPU",
+    "figures": "redraw every figure",
     "pretrain": "train the bundled base anew, from scratch, on the standard library's source",
 }
 
