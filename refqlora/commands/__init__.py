@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
         print(f"refqlora {arguments.command}: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last checkpoint" if "resume" in arguments else ""
+    except KeyboardInterrupt as saved:  # training says in it what it has saved
+        again = shlex.join(["refqlora", *(word for word in argv if word != "--resume"), "--resume"])
+        hint = f": {saved}; to go on: {again}" if str(saved) else ""
         print(f"\nrefqlora {arguments.command}: interrupted{hint}", file=sys.stderr)
         return 130
 

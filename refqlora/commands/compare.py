@@ -23,6 +23,7 @@ from ..text.tokenizer import load_tokenizer
 from ..training import evaluate, train
 from .demo import docstring_task, measure_step, plain_source, training_config
 from .options import console, count, natural, report
+from .progress import progress
 
 RANKS = (1, 2, 4, 8, 16, 64)
 FULL_LR = 2e-4  # full fine-tuning's learning rate: the best of 1e-4, 2e-4, 5e-4 and 1e-3 on this task
@@ -48,7 +49,9 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
             model.add_adapter(rank=rank, alpha=2 * rank, seed=seed)
         nbytes = measure_step(model, task)
         title = method if rank is None else f"{method} r={rank}"
-        log = train(model, task, training_config(steps, seed, **({"lr": FULL_LR} if rank is None else {})), title=title)
+        recipe = training_config(steps, seed, **({"lr": FULL_LR} if rank is None else {}))
+        with progress(title, steps, console.quiet) as bar:
+            log = train(model, task, recipe, on_step=bar)
         rows.append(
             {
                 "method": method,
@@ -63,7 +66,7 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
             }
         )
     console.print(_methods_table(rows, steps))
-    modular = modularity(task, held_out, steps, seed)
+    modular = modularity(task, held_out, steps, seed, console.quiet)
     console.print(_modularity_table(modular))
     facts = {"steps": steps, "seed": seed, "methods": rows, "modularity": modular}
     write_json(out / "compare.json", facts)
@@ -78,7 +81,9 @@ def _methods() -> Iterator[tuple[str, int | None]]:
             yield method, rank
 
 
-def modularity(task: Dataset, held_out: Dataset, steps: int, seed: int) -> dict[str, dict[str, float]]:
+def modularity(
+    task: Dataset, held_out: Dataset, steps: int, seed: int, quiet: bool = False
+) -> dict[str, dict[str, float]]:
     """Two adapters on one quantised base, one for docstrings and one for the language reference.
 
     -> for each adapter, and for the base alone ("none"), the held-out loss on each domain.
@@ -92,7 +97,8 @@ def modularity(task: Dataset, held_out: Dataset, steps: int, seed: int) -> dict[
         model.add_adapter(domain, rank=16, alpha=32, seed=seed)
         # A block of prose holds several times the tokens of a docstring: fewer of them make a step.
         config = training_config(steps if domain == "docstrings" else math.ceil(steps / 3), seed)
-        train(model, text, config, title=domain)
+        with progress(domain, config.steps, quiet) as bar:
+            train(model, text, config, on_step=bar)
     losses = {}
     for adapter in (None, *domains):
         model.set_adapter(adapter)
