@@ -21,7 +21,7 @@ import numpy as np
 from .backend import Array, array_module
 from .config import check_shapes
 from .files.reading import read_metadata, read_tensors
-from .files.writing import write_bytes, write_tensors
+from .files.writing import locked, write_bytes, write_tensors
 from .optim import AdamW, check_like, not_finite
 from .quantization import QuantizedTensor
 
@@ -66,27 +66,29 @@ class Run:
 def recorded(run: Run, resume: bool) -> Iterator[None]:
     """Begin the run, or go on from its checkpoint; Ctrl-C writes one, and says so in the KeyboardInterrupt's message.
 
-    Raises ValueError as `check_start` and `load_checkpoint` do.
+    The directory is locked meanwhile: two processes in one would write over each other's files. Raises what `locked`,
+    `check_start`, `load_checkpoint` and `read_rows` raise.
     """
     if run.out is None:
         yield
         return
-    run.out.mkdir(parents=True, exist_ok=True)
     path = run.out / CHECKPOINT
     check_start(run.out, resume)
-    if resume:
-        step = load_checkpoint(path, run.params, run.optimizer, run.identity)
-        run.rows = read_rows(run.out / METRICS, step)
-    else:
-        path.unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
-    write_rows(run.out / METRICS, run.rows)
-    try:
-        yield
-    except KeyboardInterrupt:
-        with uninterrupted():
-            run.save()
-        step, steps = run.optimizer.state["step"], run.identity["steps"]
-        raise KeyboardInterrupt(f"step {step} of {steps} is saved in {path}") from None
+    with locked(run.out):
+        check_start(run.out, resume)  # now that no other process writes there
+        if resume:
+            step = load_checkpoint(path, run.params, run.optimizer, run.identity)
+            run.rows = read_rows(run.out / METRICS, step)
+        else:
+            path.unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
+        write_rows(run.out / METRICS, run.rows)
+        try:
+            yield
+        except KeyboardInterrupt:
+            with uninterrupted():
+                run.save()
+            step, steps = run.optimizer.state["step"], run.identity["steps"]
+            raise KeyboardInterrupt(f"step {step} of {steps} is saved in {path}") from None
 
 
 @contextmanager
