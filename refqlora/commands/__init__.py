@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
         _say(f"{program}: {message}")
         return 2
-    except KeyboardInterrupt as stop:
-        _say(f"\n{program}: interrupted{f': {stop}' if str(stop) else ''}")  # it may tell where the work goes on
+    except KeyboardInterrupt as saved:  # training says in it what it has saved
+        again = shlex.join(["refqlora", *(word for word in argv if word != "--resume"), "--resume"])
+        _say(f"\n{program}: interrupted{f': {saved}; to go on: {again}' if str(saved) else ''}")
         return 130
 
 
