@@ -342,7 +342,7 @@ def test_adding_adapters(configs, method, rank, tmp_path):
     factors = {"a": 0.7, "b": -0.3}
     theirs.add_weighted_adapter(["a", "b"], list(factors.values()), "c", combination_type=method, svd_rank=rank)
     theirs.set_adapter("c")
-    ours.add_adapters(factors, "c", method, rank)
+    ours.combine_adapters(factors, "c", method, rank)
     modules, deltas = dict(theirs.get_base_model().named_modules()), {}
     for linear in ours.adapters["c"].linears:
         a, b, scale, *_ = ours.adapters["c"].lora(linear)
