@@ -179,6 +179,18 @@ def test_a_fault_is_named_with_its_case(fault):
     assert all("\n" not in str(finding) for finding in findings)
 
 
+def stacks(x, W, A, B, scale):
+    return np.stack([x, W])
+
+
+def test_a_crash_names_file_and_line():
+    """Of the kernel, also where NumPy raised it."""
+    for function, kernel in (("quantize", raises), ("lora_forward", stacks)):
+        line = kernel.__code__.co_firstlineno + 1
+        assert only(function, kernel)[0].what.endswith(f" ({__file__}, line {line})")
+    assert only("quantize", len)[0].what.endswith("(2 given)")  # a function without lines
+
+
 def test_causes_of_wrong_shapes():
     unpacked = [f for f in only("quantize", FAULTS["unpacked"][0]) if f.case != "one"]
     assert {finding.cause for finding in unpacked} == {"two codes go into a byte"}
@@ -283,6 +295,7 @@ def test_the_command_on_a_dotted_name(tmp_path):
         ("import no_such_module_at_all", "cannot be imported: ModuleNotFoundError"),
         ("def f(:", "cannot be imported: SyntaxError"),
         ("exit(0)", "cannot be imported: SystemExit"),
+        ("\n1 / 0", "cannot be imported: ZeroDivisionError: division by zero (KERNEL, line 2)"),
         (None, "no such file"),
     ],
 )
@@ -292,7 +305,7 @@ def test_a_module_that_cannot_be_used(content, words, tmp_path, capsys):
         path.write_text(content)
     assert main(["parity", "--against", str(path)]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert words.replace("KERNEL", str(path)) in error
     assert error.count("\n") == 1
 
 
