@@ -14,7 +14,7 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes.functional as bnb
 
 from refqlora.codebooks import DYNAMIC, dynamic_map
-from refqlora.parity.cases import CODEBOOKS, DTYPES
+from refqlora.parity.cases import CODEBOOKS, WEIGHT_DTYPES
 from refqlora.parity.differences import differing
 from refqlora.parity.quantization import fuses, to_numpy, to_torch
 from refqlora.quantization import (
@@ -79,7 +79,7 @@ def test_dynamic_map_is_theirs(signed):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_every_block_size_dtype_and_shape(block_size, dtype, kind, nested):
     rng = np.random.default_rng(block_size)
@@ -157,7 +157,7 @@ def test_sweep():
     while done < SWEEP:
         size = int(min(SWEEP - done, 10 ** rng.uniform(2, 6), SWEEP / 10)) + 1
         shape = [(size,), (math.isqrt(size), math.isqrt(size)), (-(-size // 96), 96)][rng.integers(3)]
-        dtype = DTYPES[rng.integers(3)]
+        dtype = WEIGHT_DTYPES[rng.integers(3)]
         scale = 10 ** rng.uniform(-4, 1) if dtype == np.float16 else 10 ** rng.uniform(-12, 12)
         draw = [rng.standard_normal, lambda s: rng.standard_t(3, s), lambda s: rng.uniform(-1, 1, s)]
         w = (draw[rng.integers(3)](shape) * scale).astype(dtype)
