@@ -24,8 +24,8 @@ from unittest import mock
 import chat_templates
 import gradcheck
 import numpy as np
-import odd_calls
 import tiny
+from odd_calls import PATTERNS, TEXTS, VALUES, of_call
 from refusals import OUT, Begun, Case, Result, command, judge_all
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -33,10 +33,6 @@ from safetensors.numpy import save_file
 import refqlora as rq
 from refqlora import commands
 
-NUMBERS = [0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.0, 0.5, -1.0, 1e-320, 1e-300, 1e300, -1e300]
-PATTERNS = ["(((.*)*)*)*!", "(" * 5000 + ")" * 5000, "[", "(?P<x>", "q_proj|(", ".{99999999999999}", "(a|a)*b" * 20]
-TEXTS = ["", " ", "x", "0", "nan", "true", "nf4", "llama", "float16", "\0", "é\u202e\n🐟", "x" * 20_000, "../x", *PATTERNS]
-VALUES = [None, True, False, *NUMBERS, float("nan"), float("inf"), *TEXTS, [], [None], [[]], {}, {"": None}, {"x": 1}]
 RAW = ["1e400", "9" * 5000, "[" * 100_000, '{"a":' * 100_000, '"\\ud800"', "01", "{", "", "\xff", '0, "a": 1, "a": 2']
 MARK = "raw text {} of a mutation"
 
@@ -146,14 +142,16 @@ def in_tensors(rng: random.Random, path: Path) -> str:
     """One tensor of a safetensors file, the JSON in one, or a text of its metadata, is another."""
     with safe_open(path, "np") as file:
         found, texts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    name = rng.choice([*sorted(found), *[name for name in found if "quant_state" in name] * 5, *sorted(texts) * 20])
+    states = [name for name in sorted(found) if "quant_state" in name]
+    name = rng.choice([*sorted(found), *states * 5, *sorted(texts) * 20])
     if name in texts:
         texts[name], said = mutated_json(rng, texts[name])
     elif "quant_state" in name:
         text, said = mutated_json(rng, found[name].tobytes().decode())
         found[name] = np.frombuffer(text.encode(), np.uint8)
     else:
-        x, said = found.pop(name), rng.choice(["removed", "renamed", "turned", "cut", "doubled", "empty", "cast", "set"])
+        said = rng.choice(["removed", "renamed", "turned", "cut", "doubled", "empty", "cast", "set"])
+        x = found.pop(name)
         y = {"turned": x.T, "cut": x[:-1], "doubled": np.concatenate([x, x]), "empty": x[:0]}.get(said, x.copy())
         if said == "cast":
             y = x.astype(rng.choice(["f2", "f4", "f8", "i1", "u1", "i8", "?"]))
@@ -168,13 +166,13 @@ def in_tensors(rng: random.Random, path: Path) -> str:
 LOOPS = "".join(f"{{% for i{i} in range(99) %}}" for i in range(25)) + "x" + "{% endfor %}" * 25
 JINJA = [
     LOOPS, "{% for i in range(10**9) %}x{% endfor %}", "{{ 2**(9**9) }}", "{{ 9**9**9 }}", "{{ 'x' * 10**10 }}", "{#",
-    "{{ messages | tojson(indent=10**9) }}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "-" * 9000 + "1 }}",
+    "{{ messages | tojson(indent=10**9) }}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{" + "-" * 999 + "1}}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% include 'x' %}", "{{ ''.__class__.__mro__ }}", "{% break %}",
-    "{{ messages[99].content }}", "{{ raise_exception('no\nno') }}", "{% generation %}", "{% endgeneration %}", "{{ 1/0 }}",
-    "{{ strftime_now('%Y' * 10**8) }}", "{{ strftime_now(5) }}", "{{ lipsum(10**7) }}", "{{ [1] * 10**9 }}", "{% if %}",
-    "{{ range(10**12) | list }}", "{{ '%999999999d' % 1 }}", "{{ 'a'.center(10**10) }}", "\0generation\1", "{% raw %}",
-    "{% set messages = 5 %}", "{{ messages.append(messages) }}", "{{ undefined.x.y }}", "{{ caller() }}", "{{ 'x' | z }}",
-    "{{ messages | sort(attribute='x.y') }}", "{{ messages | batch(0) | list }}", "{{ 10**5000 }}", "{% extends 'x' %}",
+    "{{ messages[99].content }}", "{{ raise_exception('no\nno') }}", "{% generation %}", "{% endgeneration %}",
+    "{{ strftime_now('%Y' * 10**8) }}", "{{ strftime_now(5) }}", "{{ lipsum(10**7) }}", "{{ [1] * 10**9 }}",
+    "{{ range(10**12) | list }}", "{{ '%999999999d' % 1 }}", "{{ 'a'.center(10**10) }}", "\0generation\1", "{{ 1/0 }}",
+    "{% set messages = 5 %}", "{{ messages.append(messages) }}", "{{ undefined.x.y }}", "{{ 'x' | z }}", "{% raw %}",
+    "{{ messages | sort(attribute='x.y') }}", "{{ messages | batch(0) | list }}", "{{ 10**5000 }}", "{{ caller() }}",
 ]  # fmt: skip
 TEMPLATES = [text for text in vars(chat_templates).values() if isinstance(text, str) and "{%" in text]
 
@@ -280,6 +278,7 @@ def ways(home: Path, changed: Path) -> dict[str, partial]:
     """How a model, an adapter, data or a run are used; `changed` is the file that was."""
     model, adapter, out, finite = home / "model", home / "adapter", home / OUT, changed.suffix == ".json"
     generate = ["generate", "--model", model, "--max-new-tokens", 3]
+    talk = home / "data/talk.jsonl"
     finetune = ["finetune", "--model", model, "--out", out, "--held-out", 0.3, "--max-length", 8, "--data"]
     return {
         "load": partial(load, finite),
@@ -294,22 +293,22 @@ def ways(home: Path, changed: Path) -> dict[str, partial]:
         "inspect run": partial(command, "inspect", out),
         "quantize": partial(command, "quantize", "--model", model, "--out", out),
         "merge": partial(command, "merge", "--model", model, "--adapter", adapter, "--out", out),
-        "finetune": partial(begin, 0, *finetune, changed if changed.parent.name == "data" else home / "data/talk.jsonl"),
+        "finetune": partial(begin, 0, *finetune, changed if changed.parent.name == "data" else talk),
         "resume": partial(train, out, resume=True),
     }
 
 
 PLAIN, MODELS = ["plain"], [*gradcheck.ARCHITECTURES, "plain", "sharded", "bnb"]
 SAFETENSORS = [in_header, in_tensors, in_tensors, in_bytes]
-MODEL_WAYS = ["load", "load nf4", "generate", "inspect", "inspect headers", "quantize", "merge"]
+MODEL_WAYS = ["load", "load nf4", "generate", "inspect", "inspect headers"]
 ADAPTER_WAYS = ["load adapter", "generate adapter", "inspect adapter", "merge"]
 TALKS = ["generate", "chat", "finetune"]
 FILES = {  # kind: models, the files of which one is mutated, how, and the ways in which it is then used
     "config": (MODELS, "model/config.json", [in_json], MODEL_WAYS),
     "generation": (PLAIN, "model/generation_config.json", [in_json, in_json, in_bytes], ["generate", "chat"]),
-    "weights": (["plain", "gpt2"], "model/model.safetensors", SAFETENSORS, MODEL_WAYS),
+    "weights": (["plain", "gpt2"], "model/model.safetensors", SAFETENSORS, [*MODEL_WAYS, "quantize"]),
     "bnb": (["bnb"], "model/model.safetensors", SAFETENSORS, MODEL_WAYS),
-    "index": (["sharded"], "model/*.index.json", [in_json, in_json, in_bytes], MODEL_WAYS),
+    "index": (["sharded"], "model/*.index.json", [in_json, in_json, in_bytes], [*MODEL_WAYS, "quantize", "merge"]),
     "adapter config": (PLAIN, "adapter/adapter_config.json", [in_json], ADAPTER_WAYS),
     "adapter": (PLAIN, "adapter/adapter_model.safetensors", SAFETENSORS, ADAPTER_WAYS),
     "resume": (PLAIN, f"{OUT}/checkpoint.safetensors", SAFETENSORS, ["resume", "resume", "inspect run"]),
@@ -335,7 +334,7 @@ def of_files(kind: str, rng: random.Random, valid: Path, home: Path) -> Case:
     said = mutate(rng, path)
     if mutate is in_name:
         path = path.with_name(said)
-    names = [str(home), *(["logits"] if path.suffix == ".safetensors" else [])]  # finite weights may give infinite logits
+    names = [str(home), *(["logits"] if path.suffix == ".safetensors" else [])]  # which finite weights may overflow
     return Case(f"{way} of {model}: {path.name}: {said}", ways(home, path)[way], names)
 
 
@@ -372,7 +371,7 @@ def of_options(rng: random.Random, valid: Path, home: Path) -> Case:
     return Case(f"{name} {' '.join(word[:60] for word in argv)!r}", use, names)
 
 
-KINDS = {kind: partial(of_files, kind) for kind in FILES} | {"options": of_options, "api": odd_calls.of_call}
+KINDS = {kind: partial(of_files, kind) for kind in FILES} | {"options": of_options, "api": of_call}
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -8,13 +8,18 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-import mutations
 import numpy as np
 import tiny
 from refusals import OUT, Case
 
 import refqlora as rq
 from refqlora.lora import LoRA
+
+NUMBERS = [0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.0, 0.5, -1.0, 1e-320, 1e-300, 1e300, -1e300]
+PATTERNS = ["(((.*)*)*)*!", "(" * 5000 + ")" * 5000, "[", "(?P<x>", "q_proj|(", ".{99999999999999}", "(a|a)*b" * 20]
+TEXTS = ["", " ", "x", "0", "nan", "true", "nf4", "llama", "float16", "\0", "é\u202e\n🐟", "x" * 20_000, "../x"]
+TEXTS += PATTERNS
+VALUES = [None, True, False, *NUMBERS, float("nan"), float("inf"), *TEXTS, [], [None], [[]], {}, {"": None}, {"x": 1}]
 
 W = np.random.default_rng(0).standard_normal((6, 64), np.float32)
 TOKENS = np.arange(10).reshape(2, 5)
@@ -69,18 +74,19 @@ def odd(rng: random.Random, value: object) -> object:
         return {"x" if k == key and rng.random() < 0.3 else k: odd(rng, x) if k == key else x for k, x in value.items()}
     if isinstance(value, tuple | list) and value and rng.random() < 0.6:
         i = rng.randrange(len(value))
-        return type(value)([*value[:i], odd(rng, value[i]), *value[i + 1 :]])
+        return getattr(type(value), "_make", type(value))([*value[:i], odd(rng, value[i]), *value[i + 1 :]])
     if isinstance(value, np.ndarray) and value.ndim and rng.random() < 0.7:
         other = value.astype(rng.choice([value.dtype, "f2", "f8"]))
-        other.flat[rng.randrange(value.size)] = rng.choice([0, -1, 100] + [np.nan, np.inf] * (other.dtype.kind == "f"))
+        numbers = [np.nan, np.inf, -np.inf, 100] if other.dtype.kind == "f" else [0, -1, 100, 10**9]
+        other.flat[rng.randrange(value.size)] = rng.choice(numbers)
         cast = value.astype(rng.choice(["f2", "f8", "c8", "?", "i1", "u1", "O", "U9", "S3", "M8[s]", "i4,f4"]))
         return rng.choice([
             cast, other, value.T, value[::-1], value[:0], value[:1], value[None], value.reshape(-1), value.tolist(),
             value.reshape(-1)[0], np.asfortranarray(value), np.ma.array(value), value.view(np.memmap),
         ])  # fmt: skip
     return rng.choice([
-        *mutations.VALUES, b"nf4", (), (1, 2), (1, "x"), 1j, object(), int, np.float32(1), np.int64(2), np.bool_(True), len,
-        np.float16, np.complex64, np.dtype("U3"), np.zeros(0), np.zeros((2, 3)), np.array(None), np.array("x"), Exception,
+        *VALUES, b"nf4", (), (1, 2), (1, "x"), 1j, object(), int, np.float32(1), np.int64(2), np.bool_(True),
+        len, np.float16, np.complex64, np.dtype("U3"), np.zeros(0), np.zeros((2, 3)), np.array(None), np.array("x"),
         np.empty((0, 2**40)), np.array(3), iter([1, 2]), range(3), {1, 2}, Path("nowhere"), np.random.default_rng(0),
     ])  # fmt: skip
 

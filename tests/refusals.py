@@ -1,4 +1,4 @@
-"""Cases that must work or be refused in one line: how one is judged, and workers that a watchdog kills when one hangs."""
+"""Cases that must work or be refused in one line: how they are judged, in processes that are killed when they hang."""
 
 import io
 import linecache
@@ -29,7 +29,7 @@ except ImportError:  # not on Windows
 PACKAGE = str(Path(refqlora.__file__).parent)
 LONGEST = 1000  # characters of a refusal
 MEMORY = 3 << 30  # bytes of address space that a worker may take
-OUT = "out"  # what a case may write: this directory beside the files it is given, and no other
+OUT = "out"  # the directory in which a case may change what was there
 
 
 class Case(NamedTuple):
@@ -86,6 +86,9 @@ def faults(error: BaseException, names: Collection[str]) -> list[str]:
     found, message = [], str(error)
     cause = error.__cause__ if isinstance(error, Refused) else error
     system = isinstance(cause, OSError) and cause.filename is not None  # whoever raised it: it names the file
+    told = cause.__context__ if cause is not None else None  # another's, of which ours only tells
+    if isinstance(told, TypeError | ArithmeticError | LookupError | AttributeError) and str(told) in message:
+        found.append(f"tells of a {type(told).__name__}:")
     if isinstance(cause, MemoryError) or (cause is not None and not system and not _deliberate(cause)):
         found.append("not raised on purpose by refqlora:")
     if "\n" in message or not message:
@@ -119,11 +122,14 @@ def judge(case: Case, home: Path) -> tuple[str, str]:
         if found:
             message = f"{message[:LONGEST]}\n{_where(error.__cause__ or error)}"
     except BaseException as error:
-        ended, message, found = "FAILED", f"{str(error)[:LONGEST]}\n{_where(error.__cause__ or error)}", [f"{type(error).__name__}:"]
+        ended, message = "FAILED", f"{str(error)[:LONGEST]}\n{_where(error.__cause__ or error)}"
+        found = [f"{type(error).__name__}:"]
     after = _contents(home)
-    changed = sorted(str(path) for path in before.keys() | after if before.get(path) != after.get(path))
-    if changed := [path for path in changed if ended == "refused" or Path(path).parts[0] != OUT]:
-        found.append(f"changes or leaves {', '.join(changed)}:")
+    changed = [path for path in before.keys() | after if before.get(path) != after.get(path)]
+    if ended == "success":  # what is new is its output
+        changed = [path for path in changed if (path in before and path.parts[0] != OUT) or "tmp" in path.name]
+    if changed:
+        found.append(f"changes or leaves {', '.join(sorted(map(str, changed)))}:")
     return ("FAILED", " ".join([*found, message])) if found else (ended, message)
 
 
