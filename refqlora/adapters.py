@@ -54,6 +54,15 @@ class Adapter:
         return LoRA(a, b, self.config.scale_of(linear), self.config.dropout, magnitude)
 
 
+def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:
+    """A linear's weight (out, in) under `adapter`, the model's unless the adapter brings a residual; and its LoRA, or
+    None."""
+    weight = params[linear + ".weight"]
+    if adapter is None:
+        return weight, None
+    return adapter.residual.get(linear + ".weight", weight), adapter.lora(linear)
+
+
 def new_adapter(
     config: LoraConfig, weights: Mapping[str, Weight], linears: Iterable[str], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
