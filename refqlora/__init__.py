@@ -11,7 +11,7 @@
 
 Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: every file at the top of this package.
 
-    checks, backend                                           values at the doors, arrays
+    backend, checks                                           arrays, and what is checked of them
     codebooks, quantization, quantization_error               4 bits
     functional, attention, rope, lora                         the operations, each forward beside its backward
     architectures, config, lora_config                        which parts a model has, and which of them adapters sit on

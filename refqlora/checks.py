@@ -8,6 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .backend import Array, array_module
+
+CHUNK = 1 << 16  # elements looked at together
+
 
 class Rule(NamedTuple):
     """What a value must be, in words, and whether one is."""
@@ -58,3 +64,16 @@ def shown(value: Any, longest: int = 60) -> str:
     except (ValueError, RecursionError):  # an int of thousands of digits, a list of thousands of lists
         text = f"{type(value).__name__} too large to show"
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def finite(name: str, x: Array, dtype: Any = None) -> Array:
+    """x, in `dtype` if one is given, not copied where it has it. Raises ValueError, beginning with `name`, for the
+    first element that is NaN or infinite, or is beyond what `dtype` holds."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = x.astype(x.dtype if dtype is None else dtype, copy=False)
+    xp, flat = array_module(y), y.ravel(order="K")  # as it lies in memory
+    if all(xp.isfinite(flat[start : start + CHUNK]).all() for start in range(0, flat.size, CHUNK)):
+        return y
+    at = tuple(int(i) for i in np.unravel_index(int((~xp.isfinite(y.reshape(-1))).argmax()), y.shape))
+    expected = f"what {y.dtype} holds" if xp.isfinite(x[at]) else "finite numbers"
+    raise ValueError(f"{name}: expected {expected}, got {x[at]} at {at}")

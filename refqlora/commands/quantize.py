@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ..checks import finite
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..files import bnb, model_files, pretrained
@@ -89,7 +90,7 @@ def _quantized(
         seen[name] = SimpleNamespace(shape=tensor.shape)
         if name not in linears:
             rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, tensor.nbytes, None))
-            yield pretrained.to_file(config, name, tensor)
+            yield pretrained.to_file(config, name, finite(f"{model}: {name}", tensor))
             del tensor  # before the next is read
             continue
         if tensor.shape != shapes[name]:

@@ -226,12 +226,12 @@ def test_a_model_that_refqlora_does_not_run(saved):
     config = read_json(saved / "config.json")
     write_json(saved / "config.json", {**config, "model_type": "bert"})
     found = inspect(saved)["model"]
-    assert 'model_type "bert" is not supported' in found["not_supported"]
+    assert "model_type: 'bert' is not supported" in found["not_supported"]
     assert len(found["nf4_error"]) == 14 + 2  # every matrix: it is not known which are linears
     assert "refqlora does not run it" in shown({"model": found})
     method = {"quant_method": "gptq"}
     write_json(saved / "config.json", {**config, "quantization_config": method})
-    assert '"gptq"' in inspect(saved, error=False)["model"]["not_supported"]
+    assert "got 'gptq'" in inspect(saved, error=False)["model"]["not_supported"]
 
 
 def test_no_error_reads_no_numbers(saved, adapter, quantized):
