@@ -118,7 +118,7 @@ FAULTS = {
         [Q + ".nested_absmax", "(2,)", "expected float32 of shape (1,)"],
     ),
     "nested absmax in float64": (put(Q + ".nested_absmax", lambda x: x.astype("f8")), ["nested_absmax", "float64"]),
-    "nested absmax not finite": (put(Q + ".nested_absmax", lambda x: of(x, np.nan)), [Q + ".absmax: expected"]),
+    "nested absmax not finite": (put(Q + ".nested_absmax", lambda x: of(x, np.nan)), ["nested_absmax: expected fin"]),
     "nested map too short": (put(Q + ".nested_quant_map", lambda x: x[1:]), [Q + ".nested_quant_map", "(255,)"]),
     "nested map not finite": (put(Q + ".nested_quant_map", lambda x: of(x, np.inf)), ["nested_quant_map: expected"]),
     "another codebook": (put(Q + ".quant_map", lambda x: of(x, 0.5)), [Q + ".quant_map is not the codebook of nf4"]),
