@@ -27,14 +27,15 @@ import ml_dtypes
 import numpy as np
 
 from ..backend import Array
+from ..checks import finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
 from .reading import FLOATS
 
 TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes has
-DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
-STORAGE = ("uint8", "int8", "float64", *DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
+DENSE_DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
+STORAGE = ("uint8", "int8", "float64", *DENSE_DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
 INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))  # what a 4-bit checkpoint holds besides floats
 
 _PART = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
@@ -65,7 +66,7 @@ def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
     if q is None:
         return None
     if not isinstance(q, dict):
-        raise ValueError(f"{where}: quantization_config must be an object, not {_shown(q)}")
+        raise ValueError(f"{where}: quantization_config: expected an object, got {shown(q)}")
     q = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"} | q
     storage = q.get("bnb_4bit_quant_storage") or "uint8"
     for key, good, expected in [
@@ -76,7 +77,7 @@ def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
         ("bnb_4bit_quant_storage", storage in STORAGE, f"one of {', '.join(STORAGE)}"),
     ]:
         if not good:
-            raise ValueError(f'{where}: quantization_config: "{key}" is {_shown(q.get(key))}, expected {expected}')
+            raise ValueError(f"{where}: quantization_config: {key}: expected {expected}, got {shown(q.get(key))}")
     return {**q, "bnb_4bit_quant_storage": storage}
 
 
@@ -164,17 +165,17 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
         ("quant_type", d["quant_type"] in TYPES, f"one of {', '.join(TYPES)}"),
         ("quant_type", d["quant_type"] == kind, f'"{kind}" as in the key'),
         ("blocksize", type(d["blocksize"]) is int and d["blocksize"] in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
-        ("dtype", d["dtype"] in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("dtype", d["dtype"] in tuple(DENSE_DTYPES), f"one of {', '.join(DENSE_DTYPES)}"),
         ("shape", isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**40 for n in shape),
          "two whole numbers, 1 to 2^40"),
         ("nested_blocksize", not nested or d["nested_blocksize"] == NESTED_BLOCK, str(NESTED_BLOCK)),
         ("nested_dtype", not nested or d["nested_dtype"] == "float32", '"float32"'),
-        ("nested_offset", not nested or (type(offset) in (int, float) and abs(offset) <= top), "a finite number"),
+        ("nested_offset", not nested or number(-top, top).fits(offset), "a finite number"),
     ]:  # fmt: skip
         if not good:
-            raise ValueError(f'{where}: "{field}" is {_shown(d[field])}, expected {expected}')
+            raise ValueError(f"{where}: {field}: expected {expected}, got {shown(d[field])}")
     offset = np.float32(offset) if nested else None
-    return State(d["quant_type"], d["blocksize"], DTYPES[d["dtype"]], tuple(shape), offset)
+    return State(d["quant_type"], d["blocksize"], DENSE_DTYPES[d["dtype"]], tuple(shape), offset)
 
 
 def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
@@ -199,11 +200,11 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
                 f"{where}: {key} is {array.dtype} of shape {array.shape}, expected {dtype} of shape {shape}: "
                 f"{state.shape[0]} x {state.shape[1]} weights in blocks of {state.blocksize}"
             )
-        if dtype == "float32" and not np.isfinite(array).all():
-            raise ValueError(f"{where}: {key} holds {array[~np.isfinite(array)][0]}")
+        if dtype == "float32":
+            finite(f"{where}: {key}", array)
     if not np.array_equal(parts["quant_map"], CODEBOOKS[state.quant_type]):
         raise ValueError(f"{where}: {name}.quant_map is not the codebook of {state.quant_type}")
-    return QuantizedTensor(
+    q = QuantizedTensor(
         packed=parts["weight"].reshape(-1),
         absmax=parts["absmax"],
         codebook=_shared(parts["quant_map"], CODEBOOKS[state.quant_type]),
@@ -214,6 +215,10 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
         offset=state.nested_offset,
         nested_codebook=_shared(parts.get("nested_quant_map", DYNAMIC), DYNAMIC),
     )
+    if nested:
+        with np.errstate(over="ignore"):
+            finite(f"{where}: {name}.absmax, dequantised", q.constants())
+    return q
 
 
 def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
@@ -221,21 +226,22 @@ def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
     return ours if table.tobytes() == ours.tobytes() else table
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # ---- out -------------------------------------------------------------------------------------------------------
 
 
-def disassemble(params: Mapping[str, Array | QuantizedTensor], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `assemble`: dense tensors in `dtype`, and each quantised one's parts."""
+def disassemble(
+    params: Mapping[str, Array | QuantizedTensor], dtype: Any, where: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `assemble`: dense tensors in `dtype`, and each quantised one's parts.
+
+    Raises ValueError, beginning with `where` and the tensor's name, for a number that is not finite or is beyond what
+    `dtype` holds.
+    """
     for name, param in params.items():
         if isinstance(param, QuantizedTensor):
             yield from parts_of(name, param)
         else:
-            yield name, param.astype(dtype, copy=False)
+            yield name, finite(f"{where}: {name}", param, dtype)
 
 
 def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
@@ -248,7 +254,7 @@ def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
     state = {
         "quant_type": kind,
         "blocksize": q.block_size,
-        "dtype": q.dtype.name if q.dtype.name in DTYPES else "float32",
+        "dtype": q.dtype.name if q.dtype.name in DENSE_DTYPES else "float32",
         "shape": list(q.shape),
     }
     yield name, q.packed.reshape(-1, 1)
@@ -296,7 +302,7 @@ def config_for(kind: str, nested: bool, dtype: np.dtype, skipped: Sequence[str] 
         "load_in_8bit": False,
         "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": dtype.name if dtype.name in DTYPES else "float32",
+        "bnb_4bit_compute_dtype": dtype.name if dtype.name in DENSE_DTYPES else "float32",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": None if list(skipped) == ["lm_head"] else list(skipped),
         "llm_int8_enable_fp32_cpu_offload": False,

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import finite, shown
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..lora import Weight
 from ..quantization import QuantizedTensor
 from ..quantization import quantize as to_4_bits  # `quantize` is an option's name here
-from . import bnb, model_files, shards
-from .config_json import config_from_dict, config_to_dict, read_config_json, read_generation_config
+from . import bnb, model_files
+from .config_json import config_to_dict, read_config, read_generation_config
 from .hub import model_directory
+from .reading import FLOATS
 from .writing import together, write_json
 
 
@@ -28,10 +30,10 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     bitsandbytes' files, whose weights come in parts, at the end).
     """
     if quantize not in (None, *CODEBOOKS):
-        raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
+        raise ValueError(f"quantize: expected None or one of {', '.join(CODEBOOKS)}, got {shown(quantize)}")
+    _check_dtype(dtype)
     path = model_directory(model)
-    d, where = read_config_json(path), str(path / "config.json")
-    config = config_from_dict(d, where)
+    (config, d), where = read_config(path), str(path / "config.json")
     if eos := read_generation_config(path).get("eos_token_id"):
         config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
     stored = bnb.quantization_config(d, where)
@@ -55,29 +57,53 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         elif quantize and stored is None and name in linears:
             params[name] = to_4_bits(tensor, CODEBOOKS[quantize], name=f"{path}: {name}")
         elif (quantize or stored) and tensor.ndim > 1 and tensor.dtype.itemsize == 2:
-            params[name] = tensor
+            params[name] = finite(f"{path}: {name}", tensor)
         else:
-            params[name] = np.ascontiguousarray(tensor, dtype)
+            params[name] = np.ascontiguousarray(finite(f"{path}: {name}", tensor, dtype))
         del tensor  # before the next is read
     _check(params, expected, config.tied, path)
-    copy = params.pop("lm_head.weight") if config.tied and "lm_head.weight" in params else None
-    same = not isinstance(copy, QuantizedTensor) and (
-        copy is None or all(map(np.array_equal, copy, params[config.head]))
-    )
-    if not same:
-        raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
+    if config.tied and "lm_head.weight" in params:
+        copy, embedding = params.pop("lm_head.weight"), params[config.head]
+        if isinstance(copy, QuantizedTensor) or not all(map(np.array_equal, copy, embedding)):
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
     return config, {name: params[name] for name in shapes}
 
 
-def save(path: str | Path, config: Config, params: Mapping[str, Weight], dtype: Any, max_shard_size: int | str) -> None:
-    """Write config.json and the weights, as `Model.save_pretrained` describes it."""
+def save(
+    path: str | Path,
+    config: Config,
+    params: Mapping[str, Weight],
+    dtype: Any,
+    max_shard_size: int | str = model_files.SHARD,
+    base: Path | None = None,
+) -> None:
+    """Write config.json and the weights, as `Model.save_pretrained` describes it.
+
+    base: the directory of the model that this one was made from, of the same shapes. Its tokenizer and other companions
+    (`model_files.COMPANIONS`) are copied, and its config.json is written with nothing changed but the dtype and the
+    quantization_config.
+    """
     path = Path(path)
-    shard_bytes = shards.parse_size(max_shard_size)
-    d = config_to_dict(config, dtype) | bnb.config_of(params, config.linears(), dtype)
-    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)
+    _check_dtype(dtype)
+    shard_bytes = model_files.parse_size(max_shard_size)
+    quantization = bnb.config_of(params, config.linears(), dtype)
+    if base is None:
+        d = config_to_dict(config, dtype)
+    else:
+        d = read_config(base)[1]
+        d.pop("quantization_config", None)
+        d |= dict.fromkeys(d.keys() & {"dtype", "torch_dtype"} or {"dtype"}, np.dtype(dtype).name)
+    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype, str(path))
     with together(path, last="config.json", instead_of=model_files.WEIGHT_FILES) as new:
-        shards.write_model(new, tensors, shard_bytes)
-        write_json(new / "config.json", d)
+        if base is not None:
+            model_files.copy_companions(base, new)
+        model_files.write_model(new, tensors, shard_bytes)
+        write_json(new / "config.json", d | quantization)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if np.dtype(dtype) not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {np.dtype(dtype)}")
 
 
 def _check(found: Mapping[str, Any], expected: dict[str, tuple[int, ...]], tied: bool, path: Path) -> None:

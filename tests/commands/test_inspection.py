@@ -126,10 +126,7 @@ def test_a_model_in_4_bits(quantized):
 
 def test_shards(saved):
     whole = inspect(saved)["model"]
-    from refqlora.files import shards
-
-    tensors = dict(read_tensors(saved / "model.safetensors"))
-    shards.write_model(saved, tensors.items(), 30_000)
+    rq.Model.from_pretrained(saved).save_pretrained(saved, max_shard_size=30_000)
     found = inspect(saved)["model"]
     assert len(found["stored"]["files"]) > 2
     assert {row["name"]: row for row in found["weights"]} == {row["name"]: row for row in whole["weights"]}
@@ -229,12 +226,12 @@ def test_a_model_that_refqlora_does_not_run(saved):
     config = read_json(saved / "config.json")
     write_json(saved / "config.json", {**config, "model_type": "bert"})
     found = inspect(saved)["model"]
-    assert 'model_type "bert" is not supported' in found["not_supported"]
+    assert "model_type: 'bert' is not supported" in found["not_supported"]
     assert len(found["nf4_error"]) == 14 + 2  # every matrix: it is not known which are linears
     assert "refqlora does not run it" in shown({"model": found})
     method = {"quant_method": "gptq"}
     write_json(saved / "config.json", {**config, "quantization_config": method})
-    assert '"gptq"' in inspect(saved, error=False)["model"]["not_supported"]
+    assert "got 'gptq'" in inspect(saved, error=False)["model"]["not_supported"]
 
 
 def test_no_error_reads_no_numbers(saved, adapter, quantized):

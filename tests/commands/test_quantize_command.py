@@ -16,7 +16,7 @@ import refqlora as rq
 from refqlora.codebooks import CODEBOOKS
 from refqlora.commands import main
 from refqlora.commands.quantize import quantize_files
-from refqlora.files import shards
+from refqlora.files import model_files
 from refqlora.files.reading import read_json, read_tensors
 from refqlora.files.writing import write_json, write_tensors
 
@@ -51,7 +51,7 @@ def test_it_writes_what_the_model_would(options, saved, tmp_path):
     for name, x in expected.items():
         assert (found[name].dtype, found[name].shape, found[name].tobytes()) == (x.dtype, x.shape, x.tobytes())
     assert read_json(tmp_path / "out/config.json") == read_json(tmp_path / "expected/config.json")
-    assert (tmp_path / "out" / shards.INDEX).exists() == (shard_bytes is not None)
+    assert (tmp_path / "out" / model_files.INDEX).exists() == (shard_bytes is not None)
     tokens = np.arange(22).reshape(2, 11)
     again = rq.Model.from_pretrained(tmp_path / "out")
     np.testing.assert_array_equal(again.forward(tokens)[0], model.forward(tokens)[0])
@@ -138,7 +138,11 @@ FAULTS = {
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
         ["model.safetensors: not a valid safetensors file"],
     ),
-    "not finite": (lambda d: spoil(d, **{UP: NAN}), [UP, "nan at (3, 5)"]),
+    "a norm not finite": (
+        lambda d: spoil(d, **{"model.norm.weight": np.full(40, np.inf, np.float32)}),
+        ["model.norm.weight: expected finite numbers, got inf at (0,)"],
+    ),
+    "not finite": (lambda d: spoil(d, **{UP: NAN}), [UP, "expected finite numbers, got nan at (3, 5)"]),
     "misshapen": (lambda d: spoil(d, **{UP: np.ones((40, 56), np.float32)}), [UP, "(40, 56)", "(56, 40)"]),
     "missing": (lambda d: spoil(d, **{UP: None}), [UP, "missing"]),
     "unexpected": (lambda d: spoil(d, spare=np.ones(3, np.float32)), ["spare is not expected"]),
@@ -149,7 +153,7 @@ FAULTS = {
     ),
     "another architecture": (
         lambda d: write_json(d / "config.json", {**read_json(d / "config.json"), "model_type": "bert"}),
-        ['config.json: model_type "bert"'],
+        ["config.json: model_type: 'bert'"],
     ),
 }
 
