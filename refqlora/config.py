@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .architectures import ARCHITECTURES, Architecture
-from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, shown, whole
+from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, check_mapping, shown, whole
 from .rope import check_scaling, rope_frequencies
 
 # What each number must be, where it is not None; files/config_json.py holds config.json against the same rules.
@@ -207,11 +207,13 @@ def _outputs(names: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
 
 def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise ValueError that names the first missing, unexpected or misshapen tensor, if there is one."""
+    check_mapping(where, params)
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"{where}: {name} {shape} is missing")
-        if tuple(params[name].shape) != tuple(shape):
-            raise ValueError(f"{where}: {name} has shape {tuple(params[name].shape)}, expected {tuple(shape)}")
+        found = getattr(params[name], "shape", None)
+        if found != tuple(shape):
+            raise ValueError(f"{where}: {name} has shape {found}, expected {tuple(shape)}")
     for name in params:
         if name not in shapes:
             raise ValueError(f"{where}: {name} is not expected in this model")

@@ -18,6 +18,7 @@ import math
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import check, check_array, number
 
 IGNORE = -100  # the label of a position that does not count (the convention of torch and transformers)
 
@@ -239,6 +240,9 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     """
     xp = array_module(logits)
     labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+    check_array("logits", logits, "f")
+    if denominator is not None:
+        check("denominator", denominator, number(0, math.inf))
     counted = _check_labels(logits, labels)
     vocabulary = logits.shape[-1]
     if denominator is None:

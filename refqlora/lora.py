@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import check_array, shown
 from .quantization import QuantizedTensor, dequantize
 
 Weight = Array | QuantizedTensor  # (out, in)
@@ -131,6 +132,13 @@ def row_norms(w: Array, lora: LoRA) -> Array:
 def merge(weight: Weight, lora: LoRA) -> Array:
     """W + s B A, with DoRA its rows scaled to the lengths m: a new array (out, in) of W's dtype, or float32 for a
     quantised W. It is computed in float32 at least, and rounded once."""
+    if not isinstance(weight, QuantizedTensor):
+        check_array("weight", weight, "fV")
+    if not isinstance(lora, LoRA) or len(weight.shape) != 2:
+        raise ValueError(f"merge: expected a weight (out, in) and its LoRA, got {shown(weight)} and {shown(lora)}")
+    (out, inputs), rank = weight.shape, len(lora.A)
+    for name, shape in {"A": (rank, inputs), "B": (out, rank)}.items():
+        check_array(f"lora.{name}", getattr(lora, name), "fV", shape)
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
     w = dense(weight, np.promote_types(dtype, np.float32))
     merged = w + lora.scale * (lora.B @ lora.A)

@@ -25,12 +25,18 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import NAMES, Rule, check, check_array, check_mapping, number, one_of, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
 GPU_BLOCK = 1 << 22
 
 SCHEDULES = ("constant", "linear", "cosine")
+RATE = Rule("a finite number, 0 or more", number(0, sys.float_info.max).fits)
+BETAS = Rule(
+    "two numbers in [0, 1)",
+    lambda betas: isinstance(betas, tuple | list) and len(betas) == 2 and all(RATE.fits(b) and b < 1 for b in betas),
+)
 
 
 def adamw_update(
@@ -101,9 +107,11 @@ class AdamW:
         weight_decay: float = 0.0,
         decay: Callable[[str], bool] | Collection[str] | None = None,
     ) -> None:
+        check_mapping("params", params)
         if not params:
             raise ValueError("AdamW: no parameters to optimise")
         for name, p in params.items():
+            check_array(f"parameter {name}", p, "f")
             if p.dtype not in (np.float32, np.float64):
                 raise ValueError(f"parameter {name}: expected float32 or float64, got {p.dtype}")
             if not p.flags.c_contiguous:
@@ -113,9 +121,9 @@ class AdamW:
             decay = params.keys()
         elif callable(decay):
             decay = [name for name in params if decay(name)]
-        unknown = sorted(set(decay) - params.keys())
-        if unknown:
-            raise ValueError(f"decay: {unknown[0]} is not a parameter")
+        check("decay", decay, NAMES)
+        if unknown := set(decay) - params.keys():
+            raise ValueError(f"decay: {shown(min(unknown))} is not a parameter")
 
         self.params = dict(params)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
@@ -134,7 +142,8 @@ class AdamW:
         `clip_by_global_norm` stops them, and `fault` finds what they have reached.
         """
         lr = self.lr if lr is None else lr
-        check_number("lr", lr)
+        check("lr", lr, RATE)
+        check_mapping("grads", grads)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -212,10 +221,11 @@ def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     anything is changed, if the norm is not finite, naming the first gradient that makes it so; ValueError
     if max_norm is not above 0.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
+    check("max_norm", max_norm, Rule("a number above 0", lambda value: number(0, math.inf).fits(value) and value > 0))
+    check_mapping("grads", grads)
     total = 0.0
     for name, g in grads.items():
+        check_array(f"gradient of {name}", g, "f")
         total += _sum_of_squares(g)
         if not math.isfinite(total):
             fault = not_finite(f"gradient of {name}", g) or f"gradient of {name}: its square overflows"
@@ -245,10 +255,9 @@ def learning_rate(
     `get_constant_schedule_with_warmup` and its linear and cosine kin in transformers, up to total_steps
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    check_number("peak", peak)
-    check_number("floor", floor)
+    check("schedule", schedule, one_of(SCHEDULES))
+    check("peak", peak, RATE)
+    check("floor", floor, RATE)
     if floor > peak:
         raise ValueError(f"floor: expected at most the peak, {peak}, got {floor}")
     if not 0 <= warmup_steps <= total_steps:
@@ -286,23 +295,12 @@ def not_finite(what: str, x: Array) -> str | None:
 
 def check_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise ValueError, naming the option, for a setting that AdamW cannot use."""
-    numbers = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
-    if not (numbers and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    check("betas", betas, BETAS)
     for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check_number(option, value)
-
-
-def check_number(option: str, value: float) -> None:
-    """Raise ValueError unless the option's value is a finite number, 0 or more."""
-    if not (is_number(value) and 0 <= value <= sys.float_info.max):
-        raise ValueError(f"{option}: expected a finite number, 0 or more, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.complexfloating)
+        check(option, value, RATE)
 
 
 def check_like(what: str, found: Array, expected: Array) -> None:
+    check_array(what, found, "fiu")
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, got {found.dtype} {found.shape}")

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import finite
+from .checks import as_dtype, check_array, finite, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -156,10 +156,14 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
 
     `out`, a C-contiguous array of q.shape (ValueError if it is not), receives the result in its own dtype.
     """
+    if not isinstance(q, QuantizedTensor):
+        raise ValueError(f"q: expected a QuantizedTensor, got {shown(q)}")
     if out is None:
-        out = array_module(q.packed).empty(q.shape, dtype)
-    elif out.shape != q.shape or not out.flags.c_contiguous:
-        raise ValueError(f"dequantize: out must be C-contiguous, of shape {q.shape}; got {out.shape}")
+        out = array_module(q.packed).empty(q.shape, as_dtype("dtype", dtype, QUANTIZABLE))
+    else:
+        check_array("out", out, "fV", q.shape)
+        if not out.flags.c_contiguous:
+            raise ValueError(f"out: expected a C-contiguous array of shape {q.shape}, got strides {out.strides}")
     flat, absmax = out.reshape(-1), q.constants()
     even = q.size // 2 * 2
     _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Array
+from .checks import SWITCH, check, number, whole
 from .functional import IGNORE, cross_entropy
 from .model import Model
-from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
+from .optim import AdamW, check_options, clip_by_global_norm, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
 
@@ -61,12 +62,9 @@ class TrainingConfig:
             value = getattr(self, option)
             if option == "micro_batch_size" and value is None:
                 continue
-            if type(value) is not int or not least <= value <= _MOST:
-                raise ValueError(f"{option}: expected a whole number of {least} to {_MOST}, got {value!r:.80}")
-        if not (is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
-            raise ValueError(f"max_grad_norm: expected a number of 0 or more, got {self.max_grad_norm!r:.80}")
-        if not isinstance(self.recompute, bool):
-            raise ValueError(f"recompute: expected True or False, got {self.recompute!r:.80}")
+            check(option, value, whole(least, _MOST))
+        check("max_grad_norm", self.max_grad_norm, number(0, math.inf))
+        check("recompute", self.recompute, SWITCH)
         check_options(self.lr, self.betas, 1e-8, self.weight_decay)
         self.learning_rate(0)  # raises for what makes no schedule
 

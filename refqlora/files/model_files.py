@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import shown
 from .reading import FLOATS, PICKLED, UNPICKLE, Entry, read_json, read_tensor, read_weights_header
 from .writing import copy_file, naming, raw, safetensors_header, write_json
 
@@ -108,7 +109,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
     n = int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]] if match else 0
     if n < 1 or isinstance(size, bool):
-        raise ValueError(f'a shard\'s size must be a number of bytes or such as "5GB", not {size!r}')
+        raise ValueError(f'max_shard_size: expected a number of bytes, or text such as "5GB", got {shown(size)}')
     return n
 
 

@@ -206,12 +206,12 @@ def test_evaluation_takes_no_more_memory_than_a_micro_batch(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps: expected a whole number of 1 to 1000000000000, got 0"),
+        ({"steps": 0}, "steps: expected a whole number from 1 to 1000000000000, got 0"),
         ({"steps": 10.0}, "steps: expected .* got 10.0"),
         ({"batch_size": 0}, "batch_size: expected"),
         ({"micro_batch_size": 0}, "micro_batch_size: expected"),
         ({"checkpoint_every": 0}, "checkpoint_every: expected"),
-        ({"eval_every": -1}, "eval_every: expected a whole number of 0 to 1000000000000, got -1"),
+        ({"eval_every": -1}, "eval_every: expected a whole number from 0 to 1000000000000, got -1"),
         ({"seed": -1}, "seed: expected"),
         ({"warmup": -1}, "warmup: expected"),
         ({"warmup": 11}, "warmup_steps: .* got 11"),
@@ -223,7 +223,7 @@ def test_evaluation_takes_no_more_memory_than_a_micro_batch(monkeypatch):
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"weight_decay": math.nan}, "weight_decay"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm: expected a number of 0 or more, got -1.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: expected a number from 0 to inf, got -1.0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm: expected"),
         ({"steps": True}, "steps: expected .* got True"),
         ({"steps": 10**400}, "steps: expected .* got 10000"),
@@ -233,7 +233,7 @@ def test_evaluation_takes_no_more_memory_than_a_micro_batch(monkeypatch):
         ({"betas": (0.9, None)}, "betas: expected"),
         ({"floor": None}, "floor: expected"),
         ({"schedule": ["cosine"]}, "schedule: expected"),
-        ({"recompute": 1}, "recompute: expected True or False, got 1"),
+        ({"recompute": 1}, "recompute: expected true or false, got 1"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused_at_once(settings, message):
