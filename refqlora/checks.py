@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Rule:
     """A whole number from low to high."""
     return Rule(
         f"a whole number from {low} to {high}",
-        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high,
+        lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= high,
     )
 
 
@@ -37,7 +36,11 @@ def number(low: float, high: float) -> Rule:
     """A number from low to high."""
     return Rule(
         f"a number from {low:g} to {high:g}",
-        lambda value: isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high,
+        lambda value: (
+            isinstance(value, int | float | np.integer | np.floating)
+            and not isinstance(value, bool)
+            and bool(low <= value <= high)
+        ),
     )
 
 
@@ -80,7 +83,7 @@ def as_dtype(name: str, value: Any, dtypes: Sequence[Any]) -> np.dtype:
         found = None if value is None else np.dtype(value)
     except Exception:  # NumPy has many of its own
         found = None
-    if found not in [np.dtype(dtype) for dtype in dtypes]:
+    if found is None or found not in [np.dtype(dtype) for dtype in dtypes]:  # None equals float64
         expected = ", ".join(str(np.dtype(dtype)) for dtype in dtypes)
         raise ValueError(f"{name}: expected one of {expected}, got {shown(value)}")
     return found
@@ -89,7 +92,7 @@ def as_dtype(name: str, value: Any, dtypes: Sequence[Any]) -> np.dtype:
 def check_array(name: str, x: Any, kinds: str, shape: tuple[int, ...] | None = None) -> None:
     """Raise ValueError, beginning with `name`, unless x is an array, of one of these kinds of dtype ("f": floats, "iu":
     integers), and of `shape` if one is given."""
-    dtype = getattr(x, "dtype", None)
+    dtype: Any = getattr(x, "dtype", None)
     masked = isinstance(x, np.ndarray) and type(x) not in (np.ndarray, np.memmap)  # whose arithmetic is another
     is_array = isinstance(dtype, np.dtype) and hasattr(x, "reshape") and not masked
     if not is_array or dtype.kind not in kinds or shape not in (None, x.shape):
@@ -105,7 +108,7 @@ def check_mapping(name: str, value: Any) -> None:
 
 def shown(value: Any, longest: int = 60) -> str:
     """A value as an error shows it: on one line, cut where it is long; an array by its dtype and shape."""
-    if isinstance(getattr(value, "dtype", None), np.dtype) and getattr(value, "shape", ()):
+    if isinstance(getattr(value, "dtype", None), np.dtype) and getattr(value, "shape", None):
         return f"{value.dtype} of shape {value.shape}"
     try:
         text = " ".join(repr(value).split())
