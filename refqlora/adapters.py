@@ -89,6 +89,15 @@ class Adapter:
         return f"<table><caption>Adapter</caption>{rows}</table>"
 
 
+def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:
+    """A linear's weight (out, in) under `adapter`, the model's unless the adapter brings a residual; and its LoRA, or
+    None."""
+    weight = params[linear + ".weight"]
+    if adapter is None:
+        return weight, None
+    return adapter.residual.get(linear + ".weight", weight), adapter.lora(linear)
+
+
 def new_adapter(
     config: LoraConfig, weights: Mapping[str, Weight], linears: Iterable[str], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
@@ -109,7 +118,9 @@ def _started(
     config: LoraConfig, linears: list[str], weights: Mapping[str, Weight], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
     rng = np.random.default_rng(seed)
-    params, start, residuals = {}, {}, {}
+    params: dict[str, Array] = {}
+    start: dict[str, Array] = {}
+    residuals: dict[str, Weight] = {}
     for linear in linears:
         weight, rank, scale = weights[linear + ".weight"], config.rank_of(linear), config.scale_of(linear)
         if not dtype.type(scale):
@@ -139,8 +150,8 @@ def adapter_from_file(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`; warns, as nothing is lost, where a part of the config matches no linear, alpha is 0, or two keys of
-    alpha_pattern compete.
+    `where` for an array that is missing, unexpected, misshapen or not finite. Warns, as nothing is lost, where a part
+    of the config matches no linear, alpha is 0, or two keys of alpha_pattern compete.
     """
     linears, shapes = list(linears), dict[str, tuple[int, ...]]()
     with _naming(where):
@@ -164,7 +175,12 @@ def adapter_from_file(
     for sentence in said:
         warnings.warn(f"{where}: {sentence}", stacklevel=3)
     xp = array_module(next(iter(made.params.values()), np))
-    return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
+    with np.errstate(over="ignore"):  # what is not finite is refused below
+        arrays = {name: xp.asarray(params[name].astype(dtype)) for name in shapes}
+    for name, x in arrays.items():
+        if not xp.isfinite(x).all():
+            raise ValueError(f"{where}: {name}: expected finite numbers, got {x[~xp.isfinite(x)][0]}")
+    return replace(made, params=arrays)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from .patterns import check_pattern, full_match, name_match
 
 INITS = ("default", "gaussian", "pissa", "olora")  # and "pissa_niter_N"
-MAX_RANK, MAX_ALPHA, MAX_KEYS = 2**31 - 1, 1e9, 10_000  # far beyond any use: what is beyond them is a mistake
+MAX_RANK, MAX_ALPHA, MAX_KEYS = 2**31 - 1, 10**9, 10_000  # far beyond any use: what is beyond them is a mistake
 _INIT = re.compile(rf"{'|'.join(INITS)}|pissa_niter_[0-9]{{1,3}}")
 _NOT_LINEAR = ("lm_head", "embed_tokens")  # may be excluded, and are anyway
 
@@ -53,13 +53,13 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_rank(self.rank, "rank")
         _check_alpha(self.alpha, "alpha")
-        if not isinstance(self.dropout, Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number from 0 to below 1, got {shown(self.dropout)}")
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         if not isinstance(self.init, str) or not _INIT.fullmatch(self.init):
-            raise ValueError(f"init: expected {', '.join(INITS)} or pissa_niter_N, N below 1000, got {shown(self.init)}")
+            raise ValueError(f"init: expected {', '.join(INITS)} or pissa_niter_0 to 999, got {shown(self.init)}")
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
             object.__setattr__(self, "targets", "all-linear")
         for name in ("targets", "exclude"):
@@ -158,19 +158,20 @@ class LoraConfig:
         ):
             if isinstance(wanted, str):
                 if wanted not in ("", "all-linear") and not any(full_match(wanted, name) for name in names):
-                    said.append(f"{option}: {shown(wanted)}, a regular expression for the whole name, matches no linear")
+                    said.append(f"{option}: expected a pattern for names that end in {kinds}, got {shown(wanted)}")
             else:
                 idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
-                said += [f"{option}: {shown(one)} matches no linear; there are: {kinds}" for one in idle]
+                said += [f"{option}: expected one of {kinds}, got {shown(one)}" for one in idle]
         if not self.targets:
-            said.append("targets: expected a linear, got none")
-        layers = {self._layer(name) for name in linears} - {None}
-        said += [f"layers: there is no layer {shown(i)} in {sorted(layers)}" for i in self.layers or () if i not in layers]
+            said.append(f"targets: expected one of {kinds}, got none")
+        layers = {layer for name in linears if (layer := self._layer(name)) is not None}
+        missing = [i for i in self.layers or () if i not in layers]
+        said += [f"layers: expected numbers among {sorted(layers)}, got {shown(i)}" for i in missing]
         found = self._found(linears)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
                 if not any(name_match(key, name) for name in found):
-                    said.append(f"{option}: {shown(key)} matches no linear that has an adapter")
+                    said.append(f"{option}: expected names of linears that have an adapter, got {shown(key)}")
         return said
 
     def _found(self, linears: list[str]) -> list[str]:
@@ -208,14 +209,18 @@ def _is_whole(x: Any) -> bool:
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def _check_rank(value: Any, name: str) -> None:
     if not _is_whole(value) or not 1 <= value <= MAX_RANK:
         raise ValueError(f"{name}: expected a whole number from 1 to {MAX_RANK}, got {shown(value)}")
 
 
 def _check_alpha(value: Any, name: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= MAX_ALPHA:
-        raise ValueError(f"{name}: expected a number from 0 to {MAX_ALPHA:g}, got {shown(value)}")
+    if not _is_real(value) or not 0 <= value <= MAX_ALPHA:
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_ALPHA}, got {shown(value)}")
 
 
 def _check_pattern(text: str, name: str) -> None:

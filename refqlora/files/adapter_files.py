@@ -25,7 +25,7 @@ FIELDS = {  # PEFT's key: the field of LoraConfig
 }  # fmt: skip
 # Every other key of PEFT's LoraConfig (0.21). Those that would change the numbers, and the values under which they do
 # not: anything else is refused by name.
-MUST_BE = {
+MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "modules_to_save": (None, []),
@@ -149,7 +149,7 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
     return config, params
 
 
-def read_config(directory: Path) -> LoraConfig:
+def read_config(directory: str | Path) -> LoraConfig:
     """adapter_config.json as a LoraConfig.
 
     Raises FileNotFoundError, or ValueError that names the file and the field, for what is not there, and for every
@@ -184,9 +184,9 @@ def _read_config(directory: Path) -> tuple[LoraConfig, bool]:
     try:
         return LoraConfig(**fields), bool(found.get("fan_in_fan_out"))
     except ValueError as error:
-        ours = re.match(r"\w*", str(error))[0]  # an error begins with the field
-        theirs = next((key for key, name in FIELDS.items() if name == ours), ours)
-        raise ValueError(f"{path}: {theirs}{str(error).removeprefix(ours)}") from None
+        said = str(error)  # it begins with the field
+        key = next((key for key, ours in FIELDS.items() if re.match(rf"{ours}\b", said)), "")
+        raise ValueError(f"{path}: {key}{said.removeprefix(FIELDS.get(key, ''))}") from None
 
 
 def _init(path: Path, value: Any) -> str:

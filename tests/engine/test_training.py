@@ -15,14 +15,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save_file
 from scipy.special import logsumexp
 
 import refqlora as rq
-from refqlora import training
+from refqlora import resume, training
 from refqlora.files import reading as files
+from refqlora.files import writing
 from refqlora.functional import IGNORE, cross_entropy
 from refqlora.resume import CHECKPOINT, METRICS
 from refqlora.text.encoding import tokenize_examples
@@ -317,20 +317,18 @@ def at_call(number, function):
 
 
 def kill_in_the_checkpoint(at):
-    whole = safetensors.numpy.save_file
+    """When two tensors of the `at`-th checkpoint are written."""
+    whole, bytes_of = resume.write_tensors, writing.raw
     calls = 0
 
-    def half(tensors, path, metadata):
+    def write(*args):
         nonlocal calls
         calls += 1
         if calls == at:
-            content = save(tensors, metadata)
-            with open(path, "wb") as file:
-                file.write(content[: len(content) // 2])
-            die()
-        whole(tensors, path, metadata)
+            writing.raw = at_call(3, bytes_of)
+        whole(*args)
 
-    safetensors.numpy.save_file = half
+    resume.write_tensors = write
 
 
 def kill_at_the_rename(name, at):

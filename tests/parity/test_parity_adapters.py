@@ -33,7 +33,7 @@ from test_parity_transformers import (
 )
 
 import refqlora as rq
-from refqlora.adapters import init_lora
+from refqlora.adapters import init_lora, linear_of
 
 ALL = {"r": 5, "lora_alpha": 7, "target_modules": "all-linear"}
 KINDS = ADAPTERS | {
@@ -327,7 +327,7 @@ def test_merging(kind, tmp_path):
     tokens, _ = batch()
     logits, _ = ours.forward(tokens)
     for linear in ours.config.linears():
-        weight, lora = ours._linear(linear)
+        weight, lora = linear_of(ours.params, ours.adapters[ours.active], linear)
         ours.params[linear + ".weight"] = weight if lora is None else rq.merge(weight, lora)
     ours.set_adapter(None)
     merged = theirs.merge_and_unload()
