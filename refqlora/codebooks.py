@@ -33,10 +33,9 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     The step is rounded to float32, each half is counted from its own end, and step * i is added without a
     rounding in between (float64 holds the product exactly). numpy.linspace differs in the last bits.
     """
-    start, stop = np.float32(start), np.float32(stop)
-    step = np.float64((stop - start) / np.float32(n - 1))
-    i = np.arange(n)
-    return np.where(i < n // 2, start + step * i, stop - step * (n - 1 - i)).astype(np.float32)
+    a, b, i = np.float32(start), np.float32(stop), np.arange(n)
+    step = np.float64((b - a) / np.float32(n - 1))
+    return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(np.float32)
 
 
 @_codebook
@@ -101,7 +100,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
     Dettmers (arXiv 1511.04561; 8-bit optimisers, arXiv 2110.02861). Equal to bitsandbytes'
     create_dynamic_map bit for bit.
     """
-    values = [np.float32([0, 1])]
+    values = [np.array([0, 1], np.float32)]
     for i in range(7):
         edges = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         part = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))

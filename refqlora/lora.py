@@ -86,22 +86,21 @@ def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tupl
     """
     x, weight, bias, lora, keep, z, dora = cache
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (N, in), (N, out)
-    grads = {}
-    dv = dbase = None
+    grads: dict[str, Array] = {}
+    dv, dbase = drows, None
     if dora is not None:
         v, norm = dora
         dv = drows * (lora.magnitude / norm)  # y += v m/norm - base: (N, out)
         grads["lora_magnitude_vector"] = (drows * v).sum(axis=0) / norm  # (out,)
         if keep is not None:
             dbase = dv - drows
-    through_w = drows if dora is None or keep is not None else dv  # without dropout `base` is x W^T itself
+    through_w = dv if keep is None else drows  # without dropout `base` is x W^T itself
     w = dense(weight, x.dtype)
     dx = through_w @ w  # y = x W^T: (N, in)
     ddropped = 0 if dbase is None else dbase @ w  # base = dropout(x) W^T: (N, in)
     del w
     if lora is not None:
         dropped = _drop(rows, keep, lora)
-        dv = drows if dora is None else dv
         dz = (dv @ lora.B) * lora.scale  # y += s z B^T: (N, r)
         grads["lora_B.weight"] = dv.T @ (z * lora.scale)  # y += s z B^T
         grads["lora_A.weight"] = dz.T @ dropped  # z = dropout(x) A^T
