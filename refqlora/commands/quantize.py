@@ -17,7 +17,7 @@ from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..files import bnb, model_files, pretrained
 from ..files.bnb import TYPES
-from ..files.config_json import config_from_dict, read_config_json
+from ..files.config_json import read_config
 from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
@@ -43,8 +43,7 @@ def quantize_files(
     be quantised.
     """
     model = model_directory(model)
-    d = read_config_json(model)
-    config = config_from_dict(d, str(model / "config.json"))
+    config, d = read_config(model)
     if d.get("quantization_config") is not None:
         raise ValueError(f"{model / 'config.json'}: the model is quantised already")
     if kind not in bnb.TYPES:

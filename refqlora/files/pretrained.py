@@ -16,7 +16,7 @@ from ..lora import Weight
 from ..quantization import QuantizedTensor
 from ..quantization import quantize as to_4_bits  # `quantize` is an option's name here
 from . import bnb, model_files
-from .config_json import config_from_dict, config_to_dict, read_config_json, read_generation_config
+from .config_json import config_to_dict, read_config, read_generation_config
 from .hub import model_directory
 from .writing import together, write_json
 
@@ -30,8 +30,7 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     if quantize not in (None, *CODEBOOKS):
         raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
     path = model_directory(model)
-    d, where = read_config_json(path), str(path / "config.json")
-    config = config_from_dict(d, where)
+    (config, d), where = read_config(path), str(path / "config.json")
     if eos := read_generation_config(path).get("eos_token_id"):
         config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
     stored = bnb.quantization_config(d, where)
@@ -89,7 +88,7 @@ def save(
     if base is None:
         d = config_to_dict(config, dtype)
     else:
-        d = read_config_json(base)
+        d = read_config(base)[1]
         d.pop("quantization_config", None)
         d |= dict.fromkeys(d.keys() & {"dtype", "torch_dtype"} or {"dtype"}, np.dtype(dtype).name)
     tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)

@@ -254,7 +254,7 @@ def test_a_generation_config_that_cannot_be_is_refused(tmp_path, field, value):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"bos_token_id": 1, field: value}))
     message = complaint(config_json.read_generation_config, tmp_path)
-    assert message.startswith(f"{path}: {field} must be ")
+    assert message.startswith(f"{path}: {field}: expected ")
 
 
 # ---- shards ----
@@ -451,7 +451,7 @@ MODEL_FAULTS = {
     ),
     "config of another architecture": (
         lambda d: change_json(d / "config.json", model_type="gemma"),
-        ['config.json: model_type "gemma" is not supported'],
+        ["config.json: model_type: 'gemma' is not supported"],
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors: no such file"]),
     "pickled weights": (
