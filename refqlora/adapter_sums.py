@@ -9,8 +9,9 @@ from numbers import Real
 
 from .adapters import A, Adapter, B
 from .backend import Array, array_module
+from .checks import shown
 from .lora import LoRA
-from .lora_config import LoraConfig, shown
+from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 
 

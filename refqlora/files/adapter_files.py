@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters import MAGNITUDE, A, B
+from ..checks import shown
 from ..lora_config import LoraConfig
 from .reading import PICKLED, read_json, read_weights
 from .writing import together, write_json, write_tensors
@@ -198,14 +199,18 @@ def _init(path: Path, value: Any) -> str:
         return value
     if isinstance(value, str) and value.startswith("pissa_niter"):
         raise ValueError(
-            f"{path}: init_lora_weights: {json.dumps(value)[:80]}: what this adapter sits on was drawn at random, and "
+            f"{path}: init_lora_weights: {shown(value)}: what this adapter sits on was drawn at random, and "
             "its files do not hold it; save it with path_initial_model_for_weight_conversion"
         )
     raise _unexpected(path, "init_lora_weights", 'a start that leaves the base alone, "pissa" or "olora"', value)
 
 
 def _unexpected(path: Path, key: str, expected: str, value: Any) -> ValueError:
-    return ValueError(f"{path}: {key}: expected {expected}, got {json.dumps(value)[:80]}")
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = shown(value)
+    return ValueError(f"{path}: {key}: expected {expected}, got {text if len(text) <= 60 else text[:57] + '...'}")
 
 
 def _missing(path: Path) -> ValueError | FileNotFoundError:

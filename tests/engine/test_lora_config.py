@@ -73,7 +73,7 @@ def test_a_list_is_the_regular_expression_of_its_alternatives(kinds):
         ({"rank": 2.0}, "rank: .* got 2.0"),
         ({"rank": True}, "rank: .* got True"),
         ({"rank": 10**400}, r"rank: .* got 10+\.\.\.$"),
-        ({"alpha": -1}, "alpha: expected a number from 0 to 1000000000, got -1"),
+        ({"alpha": -1}, "alpha: expected a number from 0 to 1e\\+09, got -1"),
         ({"alpha": 1e300}, "alpha: .* got 1e\\+300"),
         ({"alpha": 10**400}, r"alpha: .* got 10+\.\.\.$"),
         ({"alpha": float("nan")}, "alpha: .* got nan"),
