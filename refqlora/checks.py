@@ -104,7 +104,8 @@ def check_mapping(name: str, value: Any) -> None:
 def shown(value: Any, longest: int = 60) -> str:
     """A value as an error shows it: on one line, cut where it is long; an array by its dtype and shape."""
     if isinstance(getattr(value, "dtype", None), np.dtype) and getattr(value, "shape", None):
-        return f"{value.dtype} of shape {value.shape}"
+        kind = "" if type(value) is np.ndarray else f"{type(value).__name__} of "
+        return f"{kind}{value.dtype} of shape {value.shape}"
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # an int of thousands of digits, a list of thousands of lists

@@ -82,6 +82,8 @@ class Config:
             self._check_rope()
         elif self.heads != self.kv_heads or self.heads * self.head_dim != self.hidden_size:
             raise ValueError(f"a {self.model_type}'s heads share hidden_size evenly, and each has its own keys")
+        if not isinstance(self.windows, tuple | None):
+            raise ValueError(f"windows: expected None or a tuple, got {shown(self.windows)}")
         if self.windows is not None:
             known = {w for w in self.windows if w is not None}
             if len(self.windows) != self.layers or len(known) > 1 or not all(SIZE.fits(w) for w in known):

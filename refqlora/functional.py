@@ -241,6 +241,8 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     xp = array_module(logits)
     labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
     check_array("logits", logits, "f")
+    if logits.ndim == 0:
+        raise ValueError("logits: expected shape (..., V), got ()")
     if denominator is not None:
         check("denominator", denominator, number(0, math.inf))
     counted = _check_labels(logits, labels)

@@ -9,12 +9,13 @@ s is alpha / r. Names and orientation are PEFT's. minimal.py has the linear in i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import check_array, shown
+from .checks import check, check_array, number, shown
 from .quantization import QuantizedTensor, dequantize
 
 Weight = Array | QuantizedTensor  # (out, in)
@@ -136,9 +137,11 @@ def merge(weight: Weight, lora: LoRA) -> Array:
         check_array("weight", weight, "fV")
     if not isinstance(lora, LoRA) or len(weight.shape) != 2:
         raise ValueError(f"merge: expected a weight (out, in) and its LoRA, got {shown(weight)} and {shown(lora)}")
-    (out, inputs), rank = weight.shape, len(lora.A)
-    for name, shape in {"A": (rank, inputs), "B": (out, rank)}.items():
-        check_array(f"lora.{name}", getattr(lora, name), "fV", shape)
+    check_array("lora.A", lora.A, "fV", (*lora.A.shape[:1], weight.shape[1]))
+    check_array("lora.B", lora.B, "fV", (weight.shape[0], len(lora.A)))
+    check("lora.scale", lora.scale, number(0, math.inf))
+    if lora.magnitude is not None:
+        check_array("lora.magnitude", lora.magnitude, "fV", weight.shape[:1])
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
     w = dense(weight, np.promote_types(dtype, np.float32))
     merged = w + lora.scale * (lora.B @ lora.A)

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import as_dtype, check_array, finite, shown
+from .checks import SWITCH, as_dtype, check, check_array, finite, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 from .reprs import facts_html
 
@@ -157,6 +157,7 @@ def quantize(
     """
     w = w if hasattr(w, "dtype") else np.asarray(w)
     codebook = _codebook(codebook, (16, 16), name)
+    check(f"{name}: double_quant", double_quant, SWITCH)
     packed, absmax = _quantize(w, codebook, block_size, name, pack=True)
     constants = quantize_constants(absmax, nested) if double_quant else (absmax, None, None)
     return QuantizedTensor(packed, constants[0], codebook, w.shape, block_size, w.dtype, *constants[1:])

@@ -98,7 +98,8 @@ def of_call(rng: random.Random, valid: Path, home: Path) -> Case:
     changed = rng.sample(list(arguments), min(len(arguments), rng.choice([1, 1, 1, 2])))
     arguments |= {argument: odd(rng, arguments[argument]) for argument in changed}
     said = [f"{argument}={_short(arguments[argument])}" for argument in changed]
-    names = [*arguments, "adapter", *[str(x) for x in arguments.values() if isinstance(x, str | Path) and str(x)]]
+    names = [*arguments, "adapter", "gradient of", "parameter ", "the model: ", "tensor: "]
+    names += [str(x) for x in arguments.values() if isinstance(x, str | Path) and str(x)]
     return Case(f"{name}({', '.join(said)})", partial(call, **arguments), names)
 
 

@@ -93,7 +93,7 @@ def faults(error: BaseException, names: Collection[str]) -> list[str]:
         found.append("not raised on purpose by refqlora:")
     if "\n" in message or not message:
         found.append("not one line:")
-    if len(message) > LONGEST:
+    if len(message) > LONGEST and not system:
         found.append(f"{len(message)} characters:")
     if not any(name in message for name in names):
         found.append("names nothing of what was given:")
