@@ -13,7 +13,6 @@ first one's residual apart. Here W stays as it is, and such an adapter carries t
 
 from __future__ import annotations
 
-import html
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from .config import check_shapes
 from .lora import LoRA, Weight, dense, row_norms
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor, quantize
+from .reprs import facts_html
 
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after a linear's name
 
@@ -84,9 +84,7 @@ class Adapter:
         )
 
     def _repr_html_(self) -> str:
-        shown = ((name, f"{x:,}" if isinstance(x, int) else html.escape(x)) for name, x in self.facts().items())
-        rows = "".join(f"<tr><th>{name}</th><td>{x}</td></tr>" for name, x in shown)
-        return f"<table><caption>Adapter</caption>{rows}</table>"
+        return facts_html("Adapter", self.facts())
 
 
 def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:

@@ -21,6 +21,7 @@ from .lora import Weight
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
+from .reprs import facts_html
 
 
 class Model:
@@ -45,24 +46,37 @@ class Model:
         self.active: str | None = None
         self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
 
-    def __repr__(self) -> str:
+    def facts(self) -> dict[str, Any]:
+        """What a person wants to know of it: its shape and size, what is quantised, and its adapters."""
         config, linears = self.config, [self.params[name + ".weight"] for name in self.config.linears()]
-        quantized = [w for w in linears if isinstance(w, QuantizedTensor)]
-        size = sum(p.nbytes for p in self.params.values())
-        lines = [
-            f"Model of {self.n_parameters:,} parameters in {size:,} bytes: {config.model_type}, {config.layers} layers "
-            f"of width {config.hidden_size}, {config.vocab_size:,} tokens",
-            f"  {len(linears)} linears, {len(quantized)} of them quantised; computed in {self.dtype}",
-        ]
+        kinds = sorted({w.kind for w in linears if isinstance(w, QuantizedTensor)})
+        quantized = sum(isinstance(w, QuantizedTensor) for w in linears)
+        return {
+            "architecture": config.model_type,
+            "layers": config.layers,
+            "width": config.hidden_size,
+            "vocabulary": config.vocab_size,
+            "parameters": sum(p.size for p in self.params.values()),
+            "bytes": sum(p.nbytes for p in self.params.values()),
+            "linears": f"{len(linears)}, of which {quantized} in {' and '.join(kinds) or '4 bits'}",
+            "computed in": str(self.dtype),
+        }
+
+    def __repr__(self) -> str:
+        shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in self.facts().items()}
+        facts = [f"{name} {value}" for name, value in shown.items()]
+        lines = [f"Model({'; '.join(facts)})"]
         lines += [
-            f"  {'*' if name == self.active else ' '} {name!r}: {adapter!r}" for name, adapter in self.adapters.items()
+            f"  {'*' if name == self.active else ' '} {name!r}: {adapter}" for name, adapter in self.adapters.items()
         ]
         return "\n".join(lines)
 
-    @property
-    def n_parameters(self) -> int:
-        """How many parameters the base has."""
-        return sum(p.size for p in self.params.values())
+    def _repr_html_(self) -> str:
+        adapters = {
+            f"adapter {name!r}{', active' if name == self.active else ''}": repr(adapter)
+            for name, adapter in self.adapters.items()
+        }
+        return facts_html("Model", self.facts() | adapters)
 
     # ---- in and out ----
 
