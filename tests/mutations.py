@@ -334,7 +334,9 @@ def of_files(kind: str, rng: random.Random, valid: Path, home: Path) -> Case:
     said = mutate(rng, path)
     if mutate is in_name:
         path = path.with_name(said)
-    names = [str(home), *(["logits"] if path.suffix == ".safetensors" else [])]  # which finite weights may overflow
+    names = [str(home), "the prompt", "the conversation's"]
+    if path.suffix == ".safetensors":
+        names += ["logits", "step "]  # finite weights may overflow
     return Case(f"{way} of {model}: {path.name}: {said}", ways(home, path)[way], names)
 
 
@@ -359,7 +361,7 @@ def of_options(rng: random.Random, valid: Path, home: Path) -> Case:
     name = rng.choice(list(commands.COMMANDS))
     (parsers,) = (action.choices for action in commands.parser(name)._actions if action.dest == "command")
     given = dict(USUAL.get(name, {}))
-    for action in rng.sample(parsers[name]._actions, rng.choice([1, 1, 2, 3])):
+    for action in rng.sample(parsers[name]._actions, min(rng.choice([1, 1, 2, 3]), len(parsers[name]._actions))):
         word = rng.choice([*WORDS, *[choice for choice in action.choices or [] for _ in range(5)]])
         given[(action.option_strings or [action.metavar])[-1]] = None if action.nargs == 0 else word
     if rng.random() < 0.1:

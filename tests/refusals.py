@@ -87,7 +87,12 @@ def faults(error: BaseException, names: Collection[str]) -> list[str]:
     cause = error.__cause__ if isinstance(error, Refused) else error
     system = isinstance(cause, OSError) and cause.filename is not None  # whoever raised it: it names the file
     told = cause.__context__ if cause is not None else None  # another's, of which ours only tells
-    if isinstance(told, TypeError | ArithmeticError | LookupError | AttributeError) and str(told) in message:
+    ours = told is None or _deliberate(told) or "chat template" in message  # a template fails with words of its own
+    if (
+        isinstance(told, TypeError | ArithmeticError | LookupError | AttributeError)
+        and str(told) in message
+        and not ours
+    ):
         found.append(f"tells of a {type(told).__name__}:")
     if isinstance(cause, MemoryError) or (cause is not None and not system and not _deliberate(cause)):
         found.append("not raised on purpose by refqlora:")
@@ -126,7 +131,7 @@ def judge(case: Case, home: Path) -> tuple[str, str]:
         found = [f"{type(error).__name__}:"]
     after = _contents(home)
     changed = [path for path in before.keys() | after if before.get(path) != after.get(path)]
-    if ended == "success":  # what is new is its output
+    if ended == "success" or message.startswith("step "):  # what is new is its output
         changed = [path for path in changed if (path in before and path.parts[0] != OUT) or "tmp" in path.name]
     if changed:
         found.append(f"changes or leaves {', '.join(sorted(map(str, changed)))}:")
