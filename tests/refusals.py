@@ -87,12 +87,8 @@ def faults(error: BaseException, names: Collection[str]) -> list[str]:
     cause = error.__cause__ if isinstance(error, Refused) else error
     system = isinstance(cause, OSError) and cause.filename is not None  # whoever raised it: it names the file
     told = cause.__context__ if cause is not None else None  # another's, of which ours only tells
-    ours = told is None or _deliberate(told) or "chat template" in message  # a template fails with words of its own
-    if (
-        isinstance(told, TypeError | ArithmeticError | LookupError | AttributeError)
-        and str(told) in message
-        and not ours
-    ):
+    accident = isinstance(told, TypeError | ArithmeticError | LookupError | AttributeError) and not _deliberate(told)
+    if accident and str(told) in message and "chat template" not in message:  # one fails with words of its own
         found.append(f"tells of a {type(told).__name__}:")
     if isinstance(cause, MemoryError) or (cause is not None and not system and not _deliberate(cause)):
         found.append("not raised on purpose by refqlora:")
