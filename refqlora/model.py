@@ -10,8 +10,9 @@ Parameters are a plain dict by their Hugging Face names, adapters and gradients 
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .backend import Array, array_module
 from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
 from .files import adapter_files, pretrained
+from .files.hub import model_directory
 from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
 from .kv_cache import KVCache
 from .layer import layer_backward, layer_forward, norm_backward, norm_forward
@@ -30,6 +32,9 @@ from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
 from .rope import rope_frequencies, rope_tables
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Model:
@@ -46,6 +51,7 @@ class Model:
         self.dtype = np.dtype(dtype or params[config.architecture.embedding + ".weight"].dtype)
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
+        self.directory: Path | None = None  # that it was read from
         check_shapes(params, config.shapes(), "the model")
 
     # ---- in and out ----
@@ -80,7 +86,20 @@ class Model:
         The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        return cls(*pretrained.load(path, quantize, dtype), dtype)
+        directory = model_directory(path)
+        model = cls(*pretrained.load(directory, quantize, dtype), dtype)
+        model.directory = directory
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the model's directory, read when it is first asked for. Raises FileNotFoundError or
+        ValueError where there is none."""
+        from .text.tokenizer import load_tokenizer
+
+        if self.directory is None:
+            raise ValueError("the model has no tokenizer, as it was not read from a directory: give one")
+        return load_tokenizer(self.directory, self.config.vocab_size)
 
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
