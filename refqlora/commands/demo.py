@@ -91,7 +91,7 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     base_logits = model.forward(some_source)[0]
     before = evaluate(model, held_out)
     shown = pick_examples()
-    written_before = [complete(model, tokenizer, e.prompt, max_new_tokens=40, stop=(eos,)) for e in shown]
+    written_before = [complete(model, e.prompt, tokenizer=tokenizer, max_new_tokens=40, stop=(eos,)) for e in shown]
 
     model.add_adapter(**ADAPTER, seed=seed)
     facts["bytes"] = measure_step(model, train_set)
@@ -128,7 +128,7 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     console.print("\n[bold]4. Docstrings of functions it has never seen[/]\n")
     facts["written"] = []
     for example, text in zip(shown, written_before, strict=True):
-        written = complete(model, tokenizer, example.prompt, max_new_tokens=60, stop=(eos,))
+        written = complete(model, example.prompt, tokenizer=tokenizer, max_new_tokens=60, stop=(eos,))
         facts["written"].append(
             {"prompt": example.prompt, "before": text, "after": written, "library": example.completion}
         )

@@ -91,7 +91,7 @@ def pretrain(
         "seconds": sum(row["seconds"] for row in rows),
         "cores": cores(),
         "curve": [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row],
-        "samples": [(prompt, complete(stored, tokenizer, prompt, **SAMPLING, seed=seed)) for prompt in PROMPTS],
+        "samples": [(text, complete(stored, text, tokenizer=tokenizer, **SAMPLING, seed=seed)) for text in PROMPTS],
     }
     loss_figure(out / "loss.png", rows, "pretraining on the standard library's source")
     write_bytes(out / "README.md", card(facts).encode())
