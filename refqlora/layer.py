@@ -1,15 +1,16 @@
 """One decoder layer: forward, and the backward that undoes it line by line.
 
-Every architecture goes through the same lines. Where they differ, the line's condition says how; what the parts are
-called, and which there are, is in architectures.py.
+Every architecture goes through the same lines. Where one differs from Llama, a condition on the line says how; what
+its parts are called, and which it has, is in architectures.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .adapters import Adapter, linear_of
 from .attention import attention_backward, attention_forward
 from .backend import Array, array_module
 from .config import Config
@@ -26,7 +27,7 @@ from .functional import (
     swiglu_forward,
 )
 from .kv_cache import KVCache
-from .lora import LoRA, Weight, linear_backward, linear_forward
+from .lora import Weight, linear_backward, linear_forward
 from .rope import rope_backward, rope_forward
 
 Rope = tuple[Array, Array]  # cos and sin (T, n) of the positions
@@ -35,24 +36,34 @@ Rope = tuple[Array, Array]  # cos and sin (T, n) of the positions
 def layer_forward(
     config: Config,
     params: Mapping[str, Weight],
-    linears: Callable[[str], tuple[Weight, LoRA | None]],
+    adapter: Adapter | None,
     i: int,
     x: Array,
     rope: Rope | None,
     seed: int | None = None,
     kv: KVCache | None = None,
 ) -> tuple[Array, dict]:
-    """Layer `i`: x += attention(norm(x)); x += mlp(norm(x)). x (B, T, D) -> (B, T, D), cache.
+    """Layer `i`. x (B, T, D) -> (B, T, D), cache. Of a Llama, and of most others, it is these lines:
 
-    linears: the weight of the linear of a name, and its adapter if it has one; seed: of its dropout, which is off
-    without one.
+        n = rmsnorm(x, input_layernorm)                      (B, T, D)
+        q, k, v = q_proj(n), k_proj(n), v_proj(n)            (B, T, H*h) and twice (B, T, K*h), then by heads
+        q, k = rope(q), rope(k)                              (B, T, H, h), (B, T, K, h)
+        y = attention(q, k, v)                               (B, T, H, h)
+        x = x + o_proj(y)                                    (B, T, D)
+
+        n = rmsnorm(x, post_attention_layernorm)             (B, T, D)
+        y = silu(gate_proj(n)) * up_proj(n)                  (B, T, F)
+        x = x + down_proj(y)                                 (B, T, D)
+
+    adapter: whose LoRAs sit on the linears; seed: of their dropout, which is off without one; kv: where the keys and
+    values of earlier positions are, and these go.
     """
     a, layer = config.architecture, f"{config.architecture.layers}{i}."
     rng = None if seed is None else np.random.default_rng(seed)
     cache: dict[str, tuple] = {}
 
     def linear(name: str, x: Array) -> Array:
-        weight, lora = linears(layer + name)
+        weight, lora = linear_of(params, adapter, layer + name)
         y, cache[name] = linear_forward(x, weight, params.get(layer + name + ".bias"), lora, rng)
         return y
 
@@ -118,20 +129,20 @@ def layer_backward(
             grads.update({f"{layer}{name}.{key}": value for key, value in dparams.items()})
         return dx
 
-    dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx
-    dy = linear(a.mlp_out, dy)  # (B, T, F)
-    dn = project(a.mlp_in, activation_backward(config, dy, cache["activation"]))
-    dx = dx + norm(a.mlp_norm, dn)  # the residual stream passes the gradient on as it is, and the branch adds its own
+    dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx  # x = x + y: dx is dy, and goes on to x as well
+    dy = linear(a.mlp_out, dy)  # y = down_proj(y): (B, T, F)
+    dn = project(a.mlp_in, activation_backward(config, dy, cache["activation"]))  # y = silu(gate_proj(n)) * up_proj(n)
+    dx = dx + norm(a.mlp_norm, dn)  # n = rmsnorm(x), and x = x + y
 
-    dy = norm(a.attention_post_norm, dx) if a.attention_post_norm else dx
-    dy = linear(a.attention_out, dy).reshape(*dx.shape[:2], -1, config.head_dim)  # (B, T, H, h)
-    dq, dk, dv = attention_backward(dy, cache["attention"])
+    dy = norm(a.attention_post_norm, dx) if a.attention_post_norm else dx  # x = x + y
+    dy = linear(a.attention_out, dy).reshape(*dx.shape[:2], -1, config.head_dim)  # y = o_proj(y): (B, T, H, h)
+    dq, dk, dv = attention_backward(dy, cache["attention"])  # y = attention(q, k, v)
     if rope is not None:
-        dq, dk = rope_backward(dq, *rope), rope_backward(dk, *rope)
+        dq, dk = rope_backward(dq, *rope), rope_backward(dk, *rope)  # q, k = rope(q), rope(k)
     if a.qk_norm:
         dq, dk = norm(a.qk_norm[0], dq), norm(a.qk_norm[1], dk)
-    dn = project(a.qkv, [part.reshape(*dx.shape[:2], -1) for part in (dq, dk, dv)])
-    return dx + norm(a.attention_norm, dn)
+    dn = project(a.qkv, [part.reshape(*dx.shape[:2], -1) for part in (dq, dk, dv)])  # q = q_proj(n), ...
+    return dx + norm(a.attention_norm, dn)  # n = rmsnorm(x), and x = x + y
 
 
 def norm_forward(config: Config, params: Mapping[str, Array], name: str, x: Array) -> tuple[Array, tuple]:

@@ -1,12 +1,4 @@
-"""The decoder: its parameters and adapters, files in and out, and forward and backward through all layers.
-
-Parameters are a plain dict by their Hugging Face names, adapters and gradients carry the same names. A Llama's:
-
-    model.embed_tokens.weight                             (V, D)
-    model.layers.0.input_layernorm.weight                 (D,)
-    model.layers.0.self_attn.q_proj.weight                (H*h, D)     an array or a QuantizedTensor
-    model.layers.0.self_attn.q_proj.lora_A.weight         (r, D)       in an adapter
-"""
+"""The front door: a model's parameters and adapters, its files in and out, and forward and backward by decoder.py."""
 
 from __future__ import annotations
 
@@ -16,22 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .adapter_sums import add_adapters, as_lora
-from .adapters import Adapter, new_adapter, placed
-from .backend import Array, array_module
+from .adapter_sums import as_lora, combine_adapters
+from .adapters import Adapter, adapter_from_file, new_adapter
+from .backend import Array
 from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
+from .decoder import decoder_backward, decoder_forward
 from .files import adapter_files, pretrained
 from .files.hub import model_directory
-from .functional import embedding_backward, embedding_forward, softcap_backward, softcap_forward
 from .kv_cache import KVCache
-from .layer import layer_backward, layer_forward, norm_backward, norm_forward
-from .lm_head import head_backward, head_forward
-from .lora import LoRA, Weight
+from .lora import Weight
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
-from .rope import rope_frequencies, rope_tables
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,14 +34,38 @@ class Model:
     """
 
     def __init__(self, config: Config, params: dict[str, Weight], dtype: Any = None) -> None:
-        """dtype: of all computation (None: the embedding's). 16-bit params are cast to it where they are used."""
+        """dtype: of all computation, float32 or float64 (None: float64 if the embedding is, else float32); params of
+        another dtype are cast to it where they are used. Raises ValueError for another dtype, and for params that are
+        not those of `config.shapes()`."""
+        check_shapes(params, config.shapes(), "the model")
         self.config = config
         self.params = params
-        self.dtype = np.dtype(dtype or params[config.architecture.embedding + ".weight"].dtype)
+        held = params[config.architecture.embedding + ".weight"].dtype
+        self.dtype = np.dtype(dtype or (np.float64 if held == np.float64 else np.float32))
+        if self.dtype not in (np.float32, np.float64):
+            raise ValueError(f"dtype: expected float32 or float64, got {self.dtype}")
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
-        self.directory: Path | None = None  # that it was read from
-        check_shapes(params, config.shapes(), "the model")
+        self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
+
+    def __repr__(self) -> str:
+        config, linears = self.config, [self.params[name + ".weight"] for name in self.config.linears()]
+        quantized = [w for w in linears if isinstance(w, QuantizedTensor)]
+        size = sum(p.nbytes for p in self.params.values())
+        lines = [
+            f"Model of {self.n_parameters:,} parameters in {size:,} bytes: {config.model_type}, {config.layers} layers "
+            f"of width {config.hidden_size}, {config.vocab_size:,} tokens",
+            f"  {len(linears)} linears, {len(quantized)} of them quantised; computed in {self.dtype}",
+        ]
+        lines += [
+            f"  {'*' if name == self.active else ' '} {name!r}: {adapter!r}" for name, adapter in self.adapters.items()
+        ]
+        return "\n".join(lines)
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the base has."""
+        return sum(p.size for p in self.params.values())
 
     # ---- in and out ----
 
@@ -128,23 +141,26 @@ class Model:
         """
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
-    def add_adapters(self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None) -> None:
-        """Add adapters up, each times its factor, into a new one, and make it the active one: see
-        adapters.add_adapters. model.add_adapters({"a": 0.7, "b": 0.3}, name="c")"""
+    def combine_adapters(
+        self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None
+    ) -> None:
+        """Combine adapters, each times its factor, into a new one, and make it the active one: see adapter_sums.py.
+        model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")"""
         parts = {self._known(one): self.adapters[one] for one in factors}
-        self._adopt(name, add_adapters(parts, factors, method, rank))
+        self._adopt(name, combine_adapters(parts, factors, method, rank))
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
         config, params = adapter_files.load_adapter(Path(path), self.config.architecture.conv1d)
-        self._adopt(name, placed(config, params, self.params, self.config.linears(), self.dtype, str(path)))
+        linears = self.config.linears()
+        self._adopt(name, adapter_from_file(config, params, self.params, linears, self.dtype, str(path)))
 
     def save_adapter(
         self, path: str | Path, name: str | None = None, base: str = "", plain: bool | None = None
     ) -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`.
 
-        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapters.as_lora). None: only
+        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapter_sums.as_lora). None: only
         where the file could not say what the adapter sits on (pissa_niter_N).
         """
         adapter = self.adapters[self._known(name or self.active)]
@@ -187,118 +203,46 @@ class Model:
         recompute: bool = False,
         kv: KVCache | None = None,
     ) -> tuple[Array, dict]:
-        """tokens (B, T) integers -> logits (B, T, V), cache.
+        """tokens (B, T) integers -> logits (B, T, V), cache: `decoder_forward`, which explains the options, with the
+        active adapter. Raises ValueError for tokens that are not of that shape or outside the vocabulary, and for
+        positions that the model cannot take."""
+        tokens = self._checked(tokens, recompute, kv)
+        adapter = None if self.active is None else self.adapters[self.active]
+        return decoder_forward(
+            self.config, self.params, tokens, self.dtype, adapter, rng=rng, recompute=recompute, kv=kv
+        )
 
-        rng: turns the adapter's dropout on. recompute: keep only each layer's input and compute the rest again in
-        the backward (gradient checkpointing, Chen et al. 2016): the same gradients to the bit, for one more forward.
-        kv: continue after the positions it holds, and add these.
+    def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
+        """dlogits (B, T, V) -> the gradient of every parameter in `trainable()`, by its name.
+
+        The cache is that of a `forward` with the same adapter active and without kv, and serves once. Raises ValueError
+        otherwise.
         """
-        tokens = self._checked(tokens)
+        wanted = self.trainable()
+        if cache["adapter"] is not (None if self.active is None else self.adapters[self.active]):
+            raise ValueError("backward: the cache is of a forward with another adapter than the one that is active now")
+        if len(cache["layers"]) != self.config.layers:
+            raise ValueError("backward: the cache has served already: call forward again")
+        grads = decoder_backward(self.config, self.params, dlogits, cache)
+        return {name: grads[name] for name in wanted}
+
+    def _checked(self, tokens: Any, recompute: bool, kv: KVCache | None) -> Array:
+        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens: expected integers of shape (B, T), got {tokens.dtype} of shape {tokens.shape}")
+        if tokens.size == 0:
+            raise ValueError(f"tokens: expected one or more, got shape {tokens.shape}")
+        low, high, config = int(tokens.min()), int(tokens.max()), self.config
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"tokens: {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")
         if recompute and kv is not None:
-            raise ValueError("recompute makes a layer again from its input alone: it does not go with kv")
-        config, params, a = self.config, self.params, self.config.architecture
+            raise ValueError("recompute does not go with kv: it computes a layer again from its input alone")
         start = 0 if kv is None else kv.length
         length = start + tokens.shape[1]
         if start and config.rope_regime(length) != config.rope_regime(start):
             raise ValueError(
                 f"at {length} positions RoPE's frequencies change, and the {start} cached keys must be made anew"
             )
-        positions = array_module(tokens).arange(start, length)
-        x, embedding = embedding_forward(tokens, params[a.embedding + ".weight"])  # (B, T, D)
-        x = x.astype(self.dtype, copy=False)
-        if a.scaled_embedding:
-            x *= self._embedding_scale
-        if a.positions:
-            if length > config.max_positions:
-                raise ValueError(f"{length} positions, but the model has learned {config.max_positions}")
-            p, learned = embedding_forward(positions, params[a.positions + ".weight"])  # (T, D)
-            x += p
-            rope = None
-        else:
-            rope, learned = self._rope(positions, length), None
-        layers = []
-        for i in range(config.layers):
-            # A layer draws its dropout masks from a seed of its own, so that recomputing it draws the same ones.
-            seed = None if rng is None else int(rng.integers(2**63))
-            y, cache = layer_forward(config, params, self._linear, i, x, rope, seed, kv)
-            layers.append((x, seed) if recompute else cache)
-            x = y
-        if kv is not None:
-            kv.length = length
-        x, norm = norm_forward(config, params, a.final_norm, x)
-        logits, head = head_forward(x, params[config.head])  # (B, T, V)
-        softcap = None
-        if config.final_logit_softcapping is not None:
-            logits, softcap = softcap_forward(logits, config.final_logit_softcapping)
-        return logits, {
-            "embedding": embedding, "positions": learned, "layers": layers, "norm": norm, "head": head,
-            "softcap": softcap, "rope": rope, "recompute": recompute,
-        }  # fmt: skip
-
-    def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
-        """dlogits (B, T, V) -> the gradient of every parameter in `trainable()`, by its name.
-
-        The cache, of a forward without kv, serves once: each layer's part is let go of on the way.
-        """
-        config, params, a = self.config, self.params, self.config.architecture
-        full = self.active is None
-        wanted = self.trainable()
-        grads: dict[str, Array] = {}
-        if config.final_logit_softcapping is not None:
-            dlogits = softcap_backward(dlogits, cache["softcap"])
-        dx, head = head_backward(dlogits, cache["head"], train_weight=full)
-        dx, dnorm = norm_backward(config, dx, cache["norm"])
-        for i in reversed(range(config.layers)):
-            layer = cache["layers"][i]
-            if cache["recompute"]:
-                x, seed = layer
-                _, layer = layer_forward(config, params, self._linear, i, x, cache["rope"], seed)
-            dx = layer_backward(config, i, dx, layer, cache["rope"], grads, full)
-            cache["layers"][i] = layer = None  # let go of it: the memory serves the layers before
-        if full:
-            grads.update({f"{a.final_norm}.{key}": value for key, value in dnorm.items()})
-            if a.positions:
-                grads[a.positions + ".weight"] = embedding_backward(dx.sum(axis=0), cache["positions"])
-            if a.scaled_embedding:
-                dx = dx * self._embedding_scale
-            dembedding = embedding_backward(dx, cache["embedding"])
-            if config.padding is not None:
-                dembedding[config.padding] = 0
-            if config.tied:
-                dembedding += head["weight"]
-            else:
-                grads["lm_head.weight"] = head["weight"]
-            grads[a.embedding + ".weight"] = dembedding
-        return {name: grads[name] for name in wanted}
-
-    def _rope(self, positions: Array, length: int) -> tuple[Array, Array]:
-        """cos and sin (T, n) of the positions, in a text of `length` tokens so far."""
-        config = self.config
-        frequencies, factor = rope_frequencies(
-            config.rope_theta, config.rotary_dim, self.dtype, config.rope_scaling, length, config.max_positions
-        )
-        return rope_tables(positions, frequencies, self.dtype, factor)
-
-    @property
-    def _embedding_scale(self) -> np.floating:
-        """sqrt(D), in the model's dtype as in transformers."""
-        return self.dtype.type(self.config.hidden_size**0.5)
-
-    def _linear(self, name: str) -> tuple[Weight, LoRA | None]:
-        """The weight that the linear of this name has now, and its adapter."""
-        weight = self.params[name + ".weight"]
-        if self.active is None:
-            return weight, None
-        adapter = self.adapters[self.active]
-        return adapter.residual.get(name + ".weight", weight), adapter.lora(name)
-
-    def _checked(self, tokens: Any) -> Array:
-        tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers of shape (B, T), not {tokens.dtype} of shape {tokens.shape}")
-        if tokens.size == 0:
-            raise ValueError(f"tokens of shape {tokens.shape} hold no token")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}")
+        if config.architecture.positions and length > config.max_positions:
+            raise ValueError(f"{length} positions, but the model has learned {config.max_positions}")
         return tokens

@@ -12,9 +12,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from refqlora import attention, functional, layer, lora, model, rope
+from refqlora import attention, decoder, functional, layer, lora, model, rope
 from refqlora import lm_head as head
-from refqlora.model import Model
 
 
 def attention_backward_by_definition(
@@ -279,9 +278,9 @@ def wrong_use(layer_name, keep):
     """In the model's backward, the linear `layer_name` gives keep(dx, grads) in place of (dx, grads)."""
 
     def plant(right):
-        def backward(self, dlogits, cache):
-            residuals = {} if self.active is None else self.adapters[self.active].residual
-            names = {id(p): name for name, p in [*self.params.items(), *residuals.items()]}
+        def backward(config, params, dlogits, cache):
+            residuals = {} if cache["adapter"] is None else cache["adapter"].residual
+            names = {id(p): name for name, p in [*params.items(), *residuals.items()]}
             inner = lora.linear_backward
 
             def forgetful(dy, cache, train_weight=False):
@@ -289,7 +288,7 @@ def wrong_use(layer_name, keep):
                 return keep(dx, grads) if names[id(cache[1])].endswith(layer_name) else (dx, grads)
 
             with patch.object(layer, "linear_backward", forgetful):
-                return right(self, dlogits, cache)
+                return right(config, params, dlogits, cache)
 
         return backward
 
@@ -299,9 +298,9 @@ def wrong_use(layer_name, keep):
 def scale_forgotten(right):
     """Of the embedding, in the backward."""
 
-    def backward(self, dlogits, cache):
-        with patch.object(Model, "_embedding_scale", 1.0):
-            return right(self, dlogits, cache)
+    def backward(config, params, dlogits, cache):
+        with patch.object(decoder, "_embedding_scale", lambda config, x: 1.0):
+            return right(config, params, dlogits, cache)
 
     return backward
 
@@ -334,10 +333,10 @@ def mean_over_batch(right):
 
 
 def new_masks_on_recomputing(right):
-    def backward(self, dlogits, cache):
+    def backward(config, params, dlogits, cache):
         if cache["recompute"]:
             cache["layers"] = [(x, seed and seed + 1) for x, seed in cache["layers"]]
-        return right(self, dlogits, cache)
+        return right(config, params, dlogits, cache)
 
     return backward
 
@@ -472,7 +471,7 @@ PLANTS: dict[str, dict[str, Callable]] = {  # the function that is changed: what
         "head: dx of the last tile only": last_tile_only,
         "model: tied embedding without the head's part": without_the_head_s_part,
     },
-    "backward": {
+    "decoder_backward": {
         "model: v's share of dn forgotten": wrong_use("v_proj.weight", lambda dx, grads: (dx * 0, grads)),
         "model: recomputation draws other dropout masks": new_masks_on_recomputing,
         "model: the embedding's scale forgotten": scale_forgotten,
@@ -485,7 +484,7 @@ MISTAKES = {what: (function, plant) for function, plants in PLANTS.items() for w
 def planted(mistake: str) -> Iterator[None]:
     """The engine with one mistake in it."""
     function, plant = MISTAKES[mistake]
-    everywhere = (functional, rope, attention, lora, layer, head, model, Model)
+    everywhere = (functional, rope, attention, lora, layer, head, decoder, model)
     owners = [owner for owner in everywhere if hasattr(owner, function)]
     assert owners, f"the engine has no {function}"
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ import ml_dtypes
 
 from ..backend import cores, keep_freed_memory
 from ..config import Config
-from ..figures.loss import loss_figure
+from ..figures.loss import held_out_losses, loss_figure
 from ..files.writing import write_bytes
 from ..model import Model
 from ..resume import CHECKPOINT
@@ -20,9 +20,11 @@ from ..text.encoding import pack
 from ..text.generation import complete
 from ..text.tokenizer import train_bpe
 from ..training import TrainingConfig, evaluate, train
-from .options import common, console, count, report
+from .options import common, console, count, out_option, report
+from .progress import progress
 
 CONTEXT = 256  # tokens in a block of training text
+END = 0  # the token that ends a text
 
 BASE = Config(
     vocab_size=2048,
@@ -34,16 +36,23 @@ BASE = Config(
     head_dim=32,
     tied=True,
     max_positions=CONTEXT,
-    bos_token_id=0,
-    eos_token_id=0,
+    bos_token_id=END,
+    eos_token_id=END,
 )
 
-SAMPLING = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "stop": (0,)}
+SAMPLING: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "stop": (END,)}
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n", "import os\n")
 
 
 def pretrain(
-    out: Path, *, steps: int = 6000, batch_size: int = 8, lr: float = 2e-3, seed: int = 0, resume: bool = False
+    out: Path,
+    *,
+    steps: int = 6000,
+    batch_size: int = 8,
+    lr: float = 2e-3,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train `BASE` and its tokenizer and write them to `out`; -> the figures that the card gives.
 
@@ -69,11 +78,13 @@ def pretrain(
     documents, unseen = corpus.modules(held_out=False), corpus.modules(held_out=True)
     tokenizer = train_bpe(documents, BASE.vocab_size)
     write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    text = pack(documents, tokenizer, CONTEXT, BASE.eos_token_id)
-    held_out = pack(unseen, tokenizer, CONTEXT, BASE.eos_token_id)
+    text = pack(documents, tokenizer, CONTEXT, END)
+    held_out = pack(unseen, tokenizer, CONTEXT, END)
     model = Model.from_config(BASE, seed)
     probe = held_out.subset(range(0, len(held_out), 8))  # an eighth of it, for the curve
-    rows = train(model, text, config, held_out=probe, out=out, resume=resume, title="pretraining")
+    before = evaluate(model, probe).loss
+    with progress("pretraining", steps, quiet) as bar:
+        rows = train(model, text, config, held_out=probe, out=out, resume=resume, on_step=bar)
     model.save_pretrained(out, ml_dtypes.bfloat16)
     stored = Model.from_pretrained(out)  # the figures are those of the weights as stored
     result = evaluate(stored, held_out)
@@ -93,7 +104,8 @@ def pretrain(
         "curve": [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row],
         "samples": [(text, complete(stored, text, tokenizer=tokenizer, **SAMPLING, seed=seed)) for text in PROMPTS],
     }
-    loss_figure(out / "loss.png", rows, "pretraining on the standard library's source")
+    curve = held_out_losses(rows, before)
+    loss_figure(out / "loss.png", rows, curve, "Pretraining on the standard library's source")
     write_bytes(out / "README.md", card(facts).encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return facts
@@ -145,15 +157,16 @@ MORE = "Takes about an hour on 2 cores."
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--out", type=Path, default=Path("refqlora-base"), help="directory to write to")
-    options.add_argument("--steps", type=count, default=6000, help="updates to make")
-    options.add_argument("--batch-size", type=count, default=8, help="blocks of 256 tokens a step")
-    options.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    out_option(options, "refqlora-base")
+    options.add_argument("--steps", type=count, metavar="N", default=6000, help="updates to make")
+    options.add_argument("--batch-size", type=count, metavar="N", default=8, help="blocks of 256 tokens a step")
+    options.add_argument("--lr", type=float, metavar="RATE", default=2e-3, help="peak learning rate")
     common(options)
 
 
 def run(a: argparse.Namespace) -> None:
-    facts = pretrain(a.out, steps=a.steps, batch_size=a.batch_size, lr=a.lr, seed=a.seed, resume=a.resume)
+    options = {"steps": a.steps, "batch_size": a.batch_size, "lr": a.lr, "seed": a.seed, "resume": a.resume}
+    facts = pretrain(a.out, **options, quiet=a.json)
     console(a).print(
         f"held-out loss {facts['held_out_loss']:.4f}, {facts['held_out_bits_per_byte']:.4f} bits a byte, in {a.out}/",
         highlight=False,

@@ -10,6 +10,7 @@ import tiny
 
 import refqlora as rq
 from refqlora import commands as cli
+from refqlora.adapters import linear_of
 from refqlora.commands import merge
 from refqlora.commands.merge import merge_model
 from refqlora.files import reading as files
@@ -144,8 +145,9 @@ def test_back_into_4_bits(base, tmp_path, monkeypatch):
     ((model, options),) = saved
     assert options == {}
     expected = with_adapter(base, adapter, nf4=True)
+    active = expected.adapters[expected.active]
     for linear in model.config.linears():
-        q, learnt = model.params[linear + ".weight"], expected._linear(linear)
+        q, learnt = model.params[linear + ".weight"], linear_of(expected.params, active, linear)
         wanted = rq.dequantize(learnt[0]) if learnt[1] is None else rq.merge(*learnt)
         np.testing.assert_array_equal(q.packed, rq.quantize(wanted).packed)
 
@@ -190,8 +192,8 @@ def test_what_it_refuses(base, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     cases = {
-        f"--adapter {adapter} --out {tmp_path / 'full'}": "full: is there already, and not empty",
-        f"--adapter {adapter} --out {base}": "is there already, and not empty",
+        f"--adapter {adapter} --out {tmp_path / 'full'}": "full: expected a new or empty directory, got",
+        f"--adapter {adapter} --out {base}": "expected a new or empty directory, got",
         f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
         f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": r"proj\.weight: merged, it is beyond what float16",
         f"--adapter {adapter} --out {tmp_path / 'o'} --nf4 --dtype float16": "does not go with nf4",

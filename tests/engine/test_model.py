@@ -22,7 +22,7 @@ from gradcheck import (
 )
 from mistakes import MISTAKES
 
-from refqlora import attention, layer, model
+from refqlora import attention, decoder, layer
 from refqlora.functional import cross_entropy
 from refqlora.model import KVCache, Model
 from refqlora.optim import AdamW
@@ -249,9 +249,9 @@ def test_no_gradient_of_a_frozen_weight_is_ever_formed(monkeypatch):
         raise AssertionError("the gradient of the embedding was formed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "head_backward", recording(model.head_backward))
+        patch.setattr(decoder, "head_backward", recording(decoder.head_backward))
         patch.setattr(layer, "linear_backward", recording(layer.linear_backward))
-        patch.setattr(model, "embedding_backward", never)
+        patch.setattr(decoder, "embedding_backward", never)
         grads = grads_of(m)
     assert formed == {"lora_A.weight", "lora_B.weight"}
     assert list(grads) == list(m.trainable())
@@ -367,14 +367,14 @@ def test_random_weights():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (TOKENS[0], r"integers of shape \(B, T\), not int64 of shape \(7,\)"),
-        (TOKENS[None], r"integers of shape \(B, T\), not int64 of shape \(1, 3, 7\)"),
-        (TOKENS.astype(float), r"integers of shape \(B, T\), not float64 of shape \(3, 7\)"),
-        (TOKENS > 3, r"integers of shape \(B, T\), not bool"),
-        (TOKENS[:, :0], r"tokens of shape \(3, 0\) hold no token"),
-        (TOKENS - V, r"token -\d+ is outside the vocabulary of 11"),
-        (np.array([[0, V]]), "token 11 is outside the vocabulary of 11"),
-        (np.array([[255, 0]], np.uint8), "token 255 is outside the vocabulary of 11"),
+        (TOKENS[0], r"integers of shape \(B, T\), got int64 of shape \(7,\)"),
+        (TOKENS[None], r"integers of shape \(B, T\), got int64 of shape \(1, 3, 7\)"),
+        (TOKENS.astype(float), r"integers of shape \(B, T\), got float64 of shape \(3, 7\)"),
+        (TOKENS > 3, r"integers of shape \(B, T\), got bool"),
+        (TOKENS[:, :0], r"tokens: expected one or more, got shape \(3, 0\)"),
+        (TOKENS - V, r"tokens: -\d+ is outside the vocabulary of 11"),
+        (np.array([[0, V]]), "tokens: 11 is outside the vocabulary of 11"),
+        (np.array([[255, 0]], np.uint8), "tokens: 255 is outside the vocabulary of 11"),
     ],
 )
 def test_tokens_that_cannot_be(tokens, message):
