@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ def _number(expected: str, fits: Callable[[Any], bool]) -> Rule:
 
 WHOLE = Rule("a whole number of 0 or more", lambda x: isinstance(x, int | np.integer) and bool(x >= 0))
 _RULES = {
-    "temperature": _number("a number of 0 or more", lambda x: 0 <= x < math.inf),
+    "temperature": _number("a number of 0 or more", lambda x: 0 <= x <= sys.float_info.max),
     "top_k": WHOLE,
     "top_p": _number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": _number("a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": _number("a number above 0", lambda x: 0 < x < math.inf),
+    "repetition_penalty": _number("a number above 0", lambda x: 0 < x <= sys.float_info.max),
 }
 
 
