@@ -60,7 +60,10 @@ def calls(home: Path) -> dict[str, tuple[Callable, dict]]:
         "forward": (model.forward, {"tokens": TOKENS, "rng": None, "recompute": True, "kv": None}),
         "backward": (partial(model.backward, cache=cache), {"dlogits": logits}),
         "generate": (lambda **given: list(rq.generate(model, **given)), {"prompt": [1, 2, 3], **writing}),
-        "complete": (partial(rq.complete, model, tiny.tokenizer()), {"prompt": "m", "stop_strings": ("x",), **writing}),
+        "complete": (
+            partial(rq.complete, model, tokenizer=tiny.tokenizer()),
+            {"prompt": "m", "stop_strings": ("x",), **writing},
+        ),
         "AdamW": (rq.AdamW, {"params": params, **adamw}),
         "AdamW.step": (rq.AdamW(params, **adamw).step, {"grads": grads, "lr": 0.1}),
         "clip_by_global_norm": (rq.clip_by_global_norm, {"grads": grads, "max_norm": 1.0}),
@@ -98,7 +101,7 @@ def of_call(rng: random.Random, valid: Path, home: Path) -> Case:
     changed = rng.sample(list(arguments), min(len(arguments), rng.choice([1, 1, 1, 2])))
     arguments |= {argument: odd(rng, arguments[argument]) for argument in changed}
     said = [f"{argument}={_short(arguments[argument])}" for argument in changed]
-    names = [*arguments, "adapter", "gradient of", "parameter ", "the model: ", "tensor: "]
+    names = [*arguments, "adapter", "gradient of", "parameter ", "the model: ", "tensor: ", "tokens: "]
     names += [str(x) for x in arguments.values() if isinstance(x, str | Path) and str(x)]
     return Case(f"{name}({', '.join(said)})", partial(call, **arguments), names)
 

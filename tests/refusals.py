@@ -75,9 +75,10 @@ def command(*argv: object) -> None:
             code = commands.main([str(word) for word in argv])
         except SystemExit as end:  # argparse's; the error that it stems from is its own
             code, stderr.error = end.code, None
-    lines = [line for line in stderr.getvalue().splitlines() if ": warning: " not in line]
+    lines = stderr.getvalue().splitlines()
     if code not in (0, None) and lines:
-        raise Refused("\n".join(lines)) from stderr.error
+        notes = all(line.startswith("refqlora ") for line in lines)  # that came before
+        raise Refused(lines[-1] if notes else "\n".join(lines)) from stderr.error
     assert code in (0, None, 1), f"exit code {code} without a word"
 
 
