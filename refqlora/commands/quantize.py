@@ -113,7 +113,7 @@ def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_qu
     quantized = [row for part in layers.values() for row in part]
 
     def figures(part: list[Row]) -> dict[str, Any]:
-        error = sum((row.error for row in part), Error())
+        error = sum((row.error for row in part if row.error is not None), Error())
         size = sum(row.size for row in part)
         return {
             "tensors": len(part),

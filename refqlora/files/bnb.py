@@ -31,7 +31,7 @@ from ..checks import finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
-from .reading import FLOATS
+from .reading import FLOATS, parse_json
 
 TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes has
 DENSE_DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
@@ -149,8 +149,8 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{where} is {array.dtype} of shape {array.shape}, expected bytes, uint8 (length,)")
     try:
-        d = json.loads(array.tobytes())
-    except (ValueError, RecursionError) as error:
+        d = parse_json(array.tobytes())
+    except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(d, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(d).__name__}")
@@ -259,7 +259,7 @@ def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
     }
     yield name, q.packed.reshape(-1, 1)
     yield f"{name}.absmax", q.absmax
-    if q.nested_absmax is not None:
+    if q.nested_absmax is not None and q.offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.offset)}
         yield f"{name}.nested_absmax", q.nested_absmax
         yield f"{name}.nested_quant_map", q.nested_codebook

@@ -63,7 +63,7 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         del tensor  # before the next is read
     _check(params, expected, config.tied, path)
     if config.tied and "lm_head.weight" in params:
-        copy, embedding = params.pop("lm_head.weight"), params[config.head]
+        copy, embedding = params.pop("lm_head.weight"), np.asarray(params[config.head])
         if isinstance(copy, QuantizedTensor) or not all(map(np.array_equal, copy, embedding)):
             raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
     return config, {name: params[name] for name in shapes}
