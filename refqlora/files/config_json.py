@@ -57,6 +57,13 @@ def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
     Raises FileNotFoundError, or ValueError that names the file and the field.
     """
     path = Path(directory) / "config.json"
+    if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise ValueError(f"{path.parent}: expected a model, got an adapter, which goes on one (--adapter)")
+        for file in sorted(path.parent.glob("*.gguf")):
+            raise ValueError(
+                f"{file}: is llama.cpp's format, which is not read: expected config.json and *.safetensors"
+            )
     d = read_json(path)
     return config_from_dict(d, str(path)), d
 

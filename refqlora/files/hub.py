@@ -40,9 +40,13 @@ def model_directory(model: str | Path) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
-
     asked = repo + (f"@{revision}" if revision else "")
+    try:
+        from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{asked}: no such directory, and huggingface_hub, which downloads models, is missing"
+        ) from None
     elsewhere = f"download it where you can with `hf download {repo} --local-dir DIR` and give DIR"
     try:
         path = Path(
