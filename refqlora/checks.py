@@ -24,18 +24,17 @@ class Rule(NamedTuple):
 
 def whole(low: int, high: int = 2**31 - 1) -> Rule:
     """A whole number from low to high."""
-    return Rule(
-        f"a whole number from {low} to {high}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-    )
+    return Rule(f"a whole number from {low} to {high}", lambda value: _between(value, low, high, int | np.integer))
 
 
 def number(low: float, high: float) -> Rule:
     """A number from low to high."""
-    return Rule(
-        f"a number from {low:g} to {high:g}",
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
-    )
+    types = int | float | np.integer | np.floating
+    return Rule(f"a number from {low:g} to {high:g}", lambda value: _between(value, low, high, types))
+
+
+def _between(value: Any, low: float, high: float, types: Any) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def _tokens(value: Any) -> bool:
