@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checks import shown
+from ..checks import cut, shown
 from .reading import FLOATS, PICKLED, UNPICKLE, Entry, read_json, read_tensor, read_weights_header
-from .writing import copy_file, naming, raw, safetensors_header, write_json
+from .writing import copy_file, naming, raw, safetensors_header, target, write_json
 
 # What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. Not read.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -69,7 +69,7 @@ def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path,
             found[name] = path, entry
         missing = sorted(name for name in names - entries.keys() if not name.endswith(BUFFERS))
         if missing:
-            raise ValueError(f"{path}: lacks {missing[0]}, which {INDEX} says it holds")
+            raise ValueError(f"{path}: lacks {cut(missing[0], 200)}, which {INDEX} says it holds")
     return found
 
 
@@ -122,7 +122,7 @@ def write_model(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shar
     shards, weight, seen = [_Shard(directory / "0.part")], "", set()
     for name, array in tensors:
         if name in seen:
-            raise ValueError(f"{directory}: {name} appears twice")
+            raise ValueError(f"{target(directory)}: {name} appears twice")
         seen.add(name)
         if not name.startswith(weight + "."):
             weight = name

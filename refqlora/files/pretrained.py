@@ -20,7 +20,7 @@ from . import bnb, model_files
 from .config_json import config_to_dict, read_config, read_generation_config
 from .hub import model_directory
 from .reading import FLOATS
-from .writing import together, write_json
+from .writing import target, together, write_json
 
 
 def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, dict[str, Weight]]:
@@ -91,7 +91,7 @@ def save(
         d = read_config(base)[1]
         d.pop("quantization_config", None)
         d |= dict.fromkeys(d.keys() & {"dtype", "torch_dtype"} or {"dtype"}, np.dtype(dtype).name)
-    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype, str(path))
+    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype, str(target(path)))
     with together(path, last="config.json", instead_of=model_files.WEIGHT_FILES) as new:
         if base is not None:
             model_files.copy_companions(base, new)
