@@ -308,7 +308,10 @@ BAD = [
     (FINETUNE + "--init pissa --rank 41", "q_proj: pissa takes rank 40 at most from a weight of shape"),
     (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: must be NAME=VALUE, not q_proj"),
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
-    (FINETUNE + "--alpha-pattern lm_head=2", "alpha_pattern: expected names of linears that have an adapter, got 'lm_head'"),
+    (
+        FINETUNE + "--alpha-pattern lm_head=2",
+        "alpha_pattern: expected names of linears that have an adapter, got 'lm_head'",
+    ),
     (FINETUNE + "--rank 0", "--rank: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
     (FINETUNE + "--rank 1000000000000", "rank: expected a whole number from 1 to 2147483647, got 1000000000000"),
