@@ -15,8 +15,8 @@ from .inspection_tables import tables
 from .options import console, report
 
 MORE = (
-    "PATH is a .safetensors file, the directory of a model, an adapter or a run, or a model's id on the Hugging Face hub. "
-    "Of a dense model it tells what NF4 would cost each linear, of an adapter how large its change is."
+    "PATH is a .safetensors file, the directory of a model, an adapter or a run, or a model's id on the Hugging Face "
+    "hub. Of a dense model it tells what NF4 would cost each linear, of an adapter how large its change is."
 )
 
 
