@@ -107,10 +107,15 @@ def shown(value: Any, longest: int = 60) -> str:
         kind = "" if type(value) is np.ndarray else f"{type(value).__name__} of "
         return f"{kind}{value.dtype} of shape {value.shape}"
     try:
-        text = " ".join(repr(value).split())
+        return cut(" ".join(repr(value).split()), longest)
     except (ValueError, RecursionError):  # an int of thousands of digits, a list of thousands of lists
-        text = f"{type(value).__name__} too large to show"
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+        return f"{type(value).__name__} too large to show"
+
+
+def cut(text: str, longest: int) -> str:
+    """Text from a file for a terminal: of `longest` characters at most, none of which the terminal would obey."""
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def finite(name: str, x: Array, dtype: Any = None) -> Array:

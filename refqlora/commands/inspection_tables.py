@@ -10,6 +10,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from ..checks import cut
+
 LONGEST = 20  # rows of a table that is sorted by how bad they are; --json has all
 
 _IDENTITY = ("steps", "batch_size", "lr", "schedule", "weight_decay", "seed")
@@ -29,7 +31,7 @@ def tables(facts: dict[str, Any]) -> Iterator[Table | Text]:
         t = facts["tokenizer"]
         yield _pairs("tokenizer", {"type": t["type"], "tokens": t["size"], "of them added": t["added_tokens"]})
     for file in facts.get("files", ()):
-        yield Text(file["path"], style="bold")
+        yield Text(cut(file["path"], 300), style="bold")
         yield from tables(file)
 
 
@@ -59,7 +61,7 @@ def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
     for (name, dtype, shape), group in sorted(groups.items()):
         shape_text = " x ".join(map(str, shape)) or "scalar"
         table.add_row(
-            short(name).replace("layers.*.", "*."),
+            short(name),
             str(group["tensors"]),
             dtype,
             shape_text,
@@ -78,7 +80,7 @@ def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
     if len(stored["files"]) > 1:
         table.add_section()
         for file, nbytes in stored["files"].items():
-            table.add_row(file, "", f"{nbytes:,}", f"{nbytes / stored['bytes']:.1%}")
+            table.add_row(Text(cut(file, 200)), "", f"{nbytes:,}", f"{nbytes / stored['bytes']:.1%}")
     yield table
     if "quantized" in found:
         yield _quantized(found["quantized"])
@@ -132,19 +134,24 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
 def _adapter(adapter: dict[str, Any]) -> Iterator[Table | Text]:
     config = adapter.get("config", {})
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
-    if "scale" in adapter:
-        shown |= {"scale": f"{adapter['scale']:g}", "base model": adapter["base"] or "not recorded"}
+    if "base" in adapter:
+        shown["base model"] = adapter["base"] or "not recorded"
+    scales = sorted({row["scale"] for row in adapter["matrices"] if "scale" in row})
+    if scales:
+        shown["scale"] = " to ".join(f"{scale:g}" for scale in (scales[0], scales[-1])[: len(scales)])
     if adapter.get("others"):
         shown["other tensors"] = ", ".join(adapter["others"])
     parameters = sum(row["rank"] * (row["in"] + row["out"]) for row in adapter["matrices"])
     yield _pairs("adapter", {**shown, "parameters": parameters, "bytes": adapter["stored"]["bytes"]})
+    if "not_supported" in adapter:
+        yield Text(f"refqlora does not load it: {adapter['not_supported']}\n")
     rows = adapter["matrices"]
     relative = any("relative_change" in row for row in rows)
     normed = any("norm_change" in row for row in rows)
     if not normed:
         yield _by_kind(rows)
         return
-    columns = ["|A|", "|B|", "|s B A|" if "scale" in adapter else "|B A|"] + ["/ |W|"] * relative
+    columns = ["|A|", "|B|", "|s B A|" if scales else "|B A|"] + ["/ |W|"] * relative
     table = _table("matrices, the largest change first", "linear", "rank", "out x in", *columns)
     for row in rows[:LONGEST]:
         cells = [f"{row[key]:.3g}" for key in ("norm_A", "norm_B", "norm_change")]
@@ -162,7 +169,7 @@ def _by_kind(rows: Sequence[dict[str, Any]]) -> Table:
         groups[key] = groups.get(key, 0) + 1
     table = _table("matrices, by kind", "linear", "n", "rank", "out x in")
     for (name, rank, out, into), n in sorted(groups.items()):
-        table.add_row(short(name).replace("layers.*.", "*."), str(n), str(rank), f"{out} x {into}")
+        table.add_row(short(name), str(n), str(rank), f"{out} x {into}")
     return table
 
 
@@ -171,15 +178,16 @@ def _training(training: dict[str, Any]) -> Iterator[Table | Text]:
     adapter = identity.get("adapter")
     rows = {"step": f"{training['step']} of {identity.get('steps', '?')}"}
     rows |= {key: identity[key] for key in _IDENTITY[1:] if key in identity}
-    rows["trains"] = f"an adapter of rank {adapter['rank']}" if isinstance(adapter, dict) else "every parameter"
+    rank = f"an adapter of rank {adapter.get('rank', '?')}" if isinstance(adapter, dict) else "every parameter"
+    rows["trains"] = rank
     rows |= {key: f"{value:08x}" for key, value in identity.items() if "checksum" in key and isinstance(value, int)}
     rows |= {"bytes of parameters": training["param"]["bytes"], "bytes of AdamW's moments": training["adamw"]["bytes"]}
     yield _pairs("training checkpoint", rows)
 
 
-def short(name: str) -> str:
+def short(name: str) -> Text:
     """A tensor's name without what all have: model. before and .weight after."""
-    return name.removeprefix("model.").removesuffix(".weight")
+    return Text(cut(name.removeprefix("model.").removesuffix(".weight").replace("layers.*.", "*."), 200))
 
 
 def _more(rows: Sequence[Any]) -> str:
@@ -191,7 +199,7 @@ def _pairs(title: str, values: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in values.items():
-        table.add_row(key, f"{value:,}" if type(value) is int else Text(str(value)))
+        table.add_row(Text(cut(key, 40)), f"{value:,}" if type(value) is int else Text(cut(str(value), 300)))
     return table
 
 

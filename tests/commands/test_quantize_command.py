@@ -243,7 +243,7 @@ def test_options_that_make_no_sense(option, saved, tmp_path, capsys):
 
 
 def test_int4_is_for_the_model_only(saved, tmp_path):
-    with pytest.raises(ValueError, match="type must be one of nf4, fp4, not 'int4'"):
+    with pytest.raises(ValueError, match="type: expected one of nf4, fp4, got 'int4'"):
         quantize(saved, tmp_path / "out", kind="int4")
     q = rq.Model.from_pretrained(saved, quantize="int4").params[UP]
     assert q.codebook is CODEBOOKS["int4"]

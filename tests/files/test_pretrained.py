@@ -20,7 +20,7 @@ import refqlora as rq
 from refqlora import lm_head as head
 from refqlora.files import config_json, model_files, pretrained
 from refqlora.files import reading as files
-from refqlora.files.writing import write_tensors
+from refqlora.files.writing import new_directory, write_tensors
 
 
 def with_adapter(model, **options):
@@ -292,7 +292,7 @@ def test_five_gigabytes_are_the_limit():
 
 @pytest.mark.parametrize("size", [0, -1, "0GB", "5GiB", "", "GB", "1.5GB", None, True, 2.5])
 def test_a_shard_s_size_that_cannot_be_is_refused_before_anything_is_written(size, tmp_path):
-    with pytest.raises(ValueError, match="a shard's size must be a number of bytes or such as"):
+    with pytest.raises(ValueError, match=r"max_shard_size: expected a number of bytes, or text such as .5GB., got "):
         new_model().save_pretrained(tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
 
@@ -615,7 +615,11 @@ def test_what_the_file_s_dtype_does_not_hold_is_not_written(name, value, said, s
     model = new_model()
     model.params[name].flat[0] = value
     message = complaint(lambda path: model.save_pretrained(path, np.float16), saved)
-    assert message == f"{saved}: {name}: expected {said} at {(0,) * model.params[name].ndim}"
+    at = (0,) * model.params[name].ndim
+    assert message == f"{saved}: {name}: expected {said} at {at}"
+    with pytest.raises(ValueError, match="expected") as error, new_directory(saved / "new") as new:
+        model.save_pretrained(new, np.float16)
+    assert str(error.value) == f"{saved / 'new'}: {name}: expected {said} at {at}"
     assert {file: file.read_bytes() for file in saved.iterdir()} == before
 
 
