@@ -151,7 +151,7 @@ def in_tensors(rng: random.Random, path: Path) -> str:
         found[name] = np.frombuffer(text.encode(), np.uint8)
     else:
         said = rng.choice(["removed", "renamed", "turned", "cut", "doubled", "empty", "cast", "set"])
-        x = found.pop(name)
+        x = np.atleast_1d(found.pop(name))
         y = {"turned": x.T, "cut": x[:-1], "doubled": np.concatenate([x, x]), "empty": x[:0]}.get(said, x.copy())
         if said == "cast":
             y = x.astype(rng.choice(["f2", "f4", "f8", "i1", "u1", "i8", "?"]))
@@ -334,7 +334,7 @@ def of_files(kind: str, rng: random.Random, valid: Path, home: Path) -> Case:
     said = mutate(rng, path)
     if mutate is in_name:
         path = path.with_name(said)
-    names = [str(home), "the prompt", "the conversation's"]
+    names = [str(home), "prompt", "the message's", "held-out"]
     if path.suffix == ".safetensors":
         names += ["logits", "step "]  # finite weights may overflow
     return Case(f"{way} of {model}: {path.name}: {said}", ways(home, path)[way], names)
