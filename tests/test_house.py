@@ -212,3 +212,56 @@ def test_importing_the_package_loads_nothing_slow():
     )
     done = run("import refqlora as rq, sys; rq.quantize; print(*sys.modules)")
     assert set(done.stdout.split()) & {"tokenizers", "jinja2", "rich", "matplotlib", "huggingface_hub"} == set()
+
+
+# ---- what there may not be ----
+
+WITHOUT = """
+import sys, _thread, threading
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+sys.meta_path.insert(0, Without())
+if {threadless}:  # as in a browser
+    _thread.start_new_thread = threading._start_new_thread = threading.Thread.start = no_thread
+"""
+
+
+def run_without(blocked, program, threadless=False):
+    """Run a program where these modules do not exist, and perhaps no thread can be started; -> what it printed."""
+    done = run(WITHOUT.format(blocked=set(blocked), threadless=threadless) + program)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_blocked_is_blocked():
+    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "import rich.console")
+    assert "No module named 'rich" in done.stderr
+    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "threading.Thread(target=print).start()")
+    assert "can't start new thread" in done.stderr
+
+
+def test_the_engine_works_where_there_are_no_tokenizers_and_no_threads():
+    """In a browser (Pyodide), say: train a model, quantise it, generate tokens, save it, load it again."""
+    engine = [f"refqlora.{name}" for name in ORDER if name in ENGINE]
+    others = [f"refqlora.{name}" for name in MODULES if name.startswith(("memory", "figures"))]
+    program = f"""
+from importlib import import_module
+for name in {[*engine, *others]}:
+    import_module(name)
+import tempfile
+import numpy as np
+import refqlora as rq
+from refqlora.text.dataset import Dataset
+sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, layers=2, heads=2, kv_heads=1, head_dim=8)
+model = rq.Model.from_config(rq.Config(**sizes, max_positions=32), 0)
+model.quantize()
+model.add_adapter(rank=2)
+tokens = np.arange(96).reshape(8, 12) % 50
+data = Dataset.__new__(Dataset)

@@ -86,6 +86,8 @@ def load_kernel(name: str) -> ModuleType:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
             spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None  # there is one for .py
             module = importlib.util.module_from_spec(spec)
             with contextlib.redirect_stdout(sys.stderr):
                 spec.loader.exec_module(module)
@@ -149,8 +151,8 @@ def _call(function: Any, trial: Trial) -> None:
 
 def _place(error: BaseException) -> str:
     """The line of the kernel's own file that raised it, or called what did; "" for a kernel without lines."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if frame.filename != __file__ and "importlib" not in frame.filename]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
@@ -204,24 +206,21 @@ def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any])
 
 
 def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
-    function = calls[0].function if calls else ""
-    lora, only = function.startswith("lora"), ""
-    if lora:
-        causes = {name: explain_lora(calls, name) for t in calls[:1] for name in t.expected if _any_wrong(calls, name)}
+    causes: dict[tuple[int, str], str] = {}  # of a call and an output
+    only = ""
+    if calls and calls[0].function.startswith("lora"):
+        wrong = {name: [i for i, trial in enumerate(calls) if name in trial.wrong()] for name in calls[0].expected}
+        of_output = {name: explain_lora(calls, name) for name, numbers in wrong.items() if numbers}
+        causes = {(i, name): cause for name, cause in of_output.items() for i in wrong[name]}
         # What fits the calls that went through is why others did not: a matrix transposed, as when in = out.
-        only = next(iter(causes.values())) if len(set(causes.values())) == 1 else ""
-    else:
-        causes = explain(calls)
+        only = next(iter(of_output.values())) if len(set(of_output.values())) == 1 else ""
+    elif calls:
+        causes = {(i, name): cause for i, cause in explain(calls).items() for name in calls[i].expected}
     for i, trial in enumerate(calls):
         if trial.fault:
-            yield Finding(function, trial.case, trial.fault, trial.cause or only, fault=True)
+            yield Finding(trial.function, trial.case, trial.fault, trial.cause or only, fault=True)
         for name in trial.wrong():
-            cause = causes[name] if lora else causes.get(i, "")
-            yield Finding(function, trial.case, _difference(trial, name), cause)
-
-
-def _any_wrong(calls: Sequence[Trial], name: str) -> bool:
-    return any(name in trial.wrong() for trial in calls)
+            yield Finding(trial.function, trial.case, _difference(trial, name), causes[i, name])
 
 
 def _difference(trial: Trial, name: str) -> str:
@@ -241,6 +240,6 @@ def _difference(trial: Trial, name: str) -> str:
     off = positions(name, found, expected)
     first = int(off[0])
     n = trial.arguments[0].size if trial.function == "quantize" else expected.size
-    at = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
+    place = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
     got, wanted = found[first].item(), expected[first].item()
-    return f"{len(off):,} of {expected.size:,} {name} differ, first {at}: got {got!r}, expected {wanted!r}"
+    return f"{len(off):,} of {expected.size:,} {name} differ, first {place}: got {got!r}, expected {wanted!r}"
