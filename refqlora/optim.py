@@ -18,6 +18,7 @@ for the last bits.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -104,13 +105,10 @@ class AdamW:
             raise ValueError("AdamW: no parameters to optimise")
         for name, p in params.items():
             if p.dtype not in (np.float32, np.float64):
-                raise ValueError(f"parameter {name}: expected float32 or float64, found {p.dtype}")
+                raise ValueError(f"parameter {name}: expected float32 or float64, got {p.dtype}")
             if not p.flags.c_contiguous:
                 raise ValueError(f"parameter {name}: shape {p.shape} is not C-contiguous, so not updatable in place")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), found {betas}")
-        for setting, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            _check_not_negative(setting, value)
+        check_options(lr, betas, eps, weight_decay)
         if decay is None:
             decay = params.keys()
         elif callable(decay):
@@ -133,14 +131,14 @@ class AdamW:
 
         Raises ValueError, before anything is changed, for a gradient that is missing, has no parameter, or
         has another shape or dtype than its parameter. NaN and infinity are let through:
-        `clip_by_global_norm` stops them.
+        `clip_by_global_norm` stops them, and `fault` finds what they have reached.
         """
         lr = self.lr if lr is None else lr
-        _check_not_negative("lr", lr)
+        check_number("lr", lr)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
-            _check_like(f"gradient of {name}", grads[name], p)
+            check_like(f"gradient of {name}", grads[name], p)
         for name in grads:
             if name not in self.params:
                 raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
@@ -159,6 +157,15 @@ class AdamW:
                 weight_decay=self.weight_decay if name in self.decay else 0.0,
             )
 
+    def fault(self) -> str | None:
+        """The first parameter or moment that is not finite, in words; None if all are.
+
+        A gradient above 1.8e19 overflows v in float32: its parameter would then never move again.
+        """
+        arrays = {f"parameter {name}": p for name, p in self.params.items()}
+        arrays |= {f"AdamW's {name}": x for name, x in self.state_arrays().items()}
+        return next((fault for name, x in arrays.items() if (fault := not_finite(name, x))), None)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the moments: two arrays as large as the parameters."""
@@ -174,20 +181,22 @@ class AdamW:
     def load_state(self, arrays: Mapping[str, Array]) -> None:
         """Continue from what `state_arrays` gave: the values are copied to where the parameters are.
 
-        Raises ValueError, before anything is changed, for an entry that is missing, unknown, or of another
+        Raises ValueError, before anything is changed, for an entry that is missing, unknown, not finite, or of another
         shape or dtype than here, and for a step below 0.
         """
         expected = self.state_arrays()
         for name, mine in expected.items():
             if name not in arrays:
                 raise ValueError(f"optimiser state {name}: missing")
-            _check_like(f"optimiser state {name}", arrays[name], mine)
+            check_like(f"optimiser state {name}", arrays[name], mine)
+            if fault := not_finite(f"optimiser state {name}", arrays[name]):
+                raise ValueError(fault)
         for name in arrays:
             if name not in expected:
                 raise ValueError(f"optimiser state {name}: the optimiser has no such entry")
         step = int(arrays["step"])
         if step < 0:
-            raise ValueError(f"optimiser state step: expected 0 or more, found {step}")
+            raise ValueError(f"optimiser state step: expected 0 or more, got {step}")
 
         self.state["step"] = step
         for name, mine in expected.items():
@@ -204,14 +213,13 @@ def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     if max_norm is not above 0.
     """
     if not max_norm > 0:
-        raise ValueError(f"max_norm: expected a number above 0, found {max_norm}")
+        raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
     total = 0.0
     for name, g in grads.items():
         total += _sum_of_squares(g)
         if not math.isfinite(total):
-            bad = g.size - int(array_module(g).isfinite(g).sum())
-            fault = f"{bad} of {g.size} values are NaN or infinite" if bad else "its square overflows"
-            raise FloatingPointError(f"gradient of {name}: {fault}")
+            fault = not_finite(f"gradient of {name}", g) or f"gradient of {name}: its square overflows"
+            raise FloatingPointError(fault)
     norm = math.sqrt(total)
     scale = max_norm / (norm + 1e-6)
     if scale < 1:
@@ -238,13 +246,15 @@ def learning_rate(
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, found {schedule!r}")
-    if not 0 <= floor <= peak < math.inf:
-        raise ValueError(f"floor and peak: expected 0 <= floor <= peak, found floor {floor}, peak {peak}")
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check_number("peak", peak)
+    check_number("floor", floor)
+    if floor > peak:
+        raise ValueError(f"floor: expected at most the peak, {peak}, got {floor}")
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), found {warmup_steps}")
+        raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), got {warmup_steps}")
     if step < 0:
-        raise ValueError(f"step: expected 0 or more, found {step}")
+        raise ValueError(f"step: expected 0 or more, got {step}")
 
     if step < warmup_steps:
         return peak * (step / warmup_steps)
@@ -268,11 +278,31 @@ def _sum_of_squares(g: Array) -> float:
         return float(sum(xp.dot(part, part) for part in parts))
 
 
-def _check_not_negative(setting: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{setting}: expected a finite number, 0 or more, found {value}")
+def not_finite(what: str, x: Array) -> str | None:
+    """ "WHAT: 1 of 160 values are NaN or infinite" if there is one in x; else None."""
+    bad = x.size - int(array_module(x).isfinite(x).sum())
+    return f"{what}: {bad} of {x.size} values are NaN or infinite" if bad else None
 
 
-def _check_like(what: str, found: Array, expected: Array) -> None:
+def check_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise ValueError, naming the option, for a setting that AdamW cannot use."""
+    numbers = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
+    if not (numbers and all(0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_number(option, value)
+
+
+def check_number(option: str, value: float) -> None:
+    """Raise ValueError unless the option's value is a finite number, 0 or more."""
+    if not (is_number(value) and 0 <= value <= sys.float_info.max):
+        raise ValueError(f"{option}: expected a finite number, 0 or more, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.complexfloating)
+
+
+def check_like(what: str, found: Array, expected: Array) -> None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, found {found.dtype} {found.shape}")
+        raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, got {found.dtype} {found.shape}")

@@ -1,10 +1,18 @@
-"""What survives a kill: the metrics, and a checkpoint of step, trained parameters and the optimiser's moments."""
+"""What survives a kill: the metrics, and a checkpoint of step, trained parameters and the optimiser's moments.
+
+Both files are replaced atomically, and the metrics reach the disk before the checkpoint does: whenever a run ends,
+they hold at least the rows of the checkpoint's steps.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import zlib
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +21,8 @@ import numpy as np
 from .backend import Array, array_module
 from .config import check_shapes
 from .files.reading import read_metadata, read_tensors
-from .files.writing import write_bytes, write_tensors
-from .optim import AdamW
+from .files.writing import locked, write_bytes, write_tensors
+from .optim import AdamW, check_like, not_finite
 from .quantization import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -23,9 +31,93 @@ if TYPE_CHECKING:
     from .training import TrainingConfig
 
 CHECKPOINT = "checkpoint.safetensors"
-
-
 METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """A run of training: a row of metrics for each step made so far and, where it has a directory `out`, its files."""
+
+    params: dict[str, Array]
+    optimizer: AdamW
+    identity: dict[str, Any]
+    out: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, row: dict[str, Any], save: bool) -> None:
+        """Write the row, which is the last of `rows`, and with `save` the checkpoint."""
+        with uninterrupted():
+            if self.out is not None:
+                with open(self.out / METRICS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            if save:
+                self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. Raises FloatingPointError rather than write what is not finite."""
+        if fault := self.optimizer.fault():
+            raise FloatingPointError(fault)
+        if self.out is not None:
+            write_rows(self.out / METRICS, self.rows)  # onto the disk: they must not be behind the checkpoint
+            save_checkpoint(self.out / CHECKPOINT, self.params, self.optimizer, self.identity)
+
+
+@contextmanager
+def recorded(run: Run, resume: bool) -> Iterator[None]:
+    """Begin the run, or go on from its checkpoint; Ctrl-C writes one, and says so in the KeyboardInterrupt's message.
+
+    The directory is locked meanwhile: two processes in one would write over each other's files. Raises what `locked`,
+    `check_start`, `load_checkpoint` and `read_rows` raise.
+    """
+    if run.out is None:
+        yield
+        return
+    path = run.out / CHECKPOINT
+    check_start(run.out, resume)
+    with locked(run.out):
+        check_start(run.out, resume)  # now that no other process writes there
+        if resume:
+            step = load_checkpoint(path, run.params, run.optimizer, run.identity)
+            run.rows = read_rows(run.out / METRICS, step)
+        else:
+            path.unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
+        write_rows(run.out / METRICS, run.rows)
+        try:
+            yield
+        except KeyboardInterrupt:
+            with uninterrupted():
+                run.save()
+            step, steps = run.optimizer.state["step"], run.identity["steps"]
+            raise KeyboardInterrupt(f"step {step} of {steps} is saved in {path}") from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, so that no interrupt finds the state between two steps."""
+    if threading.current_thread() is not threading.main_thread():  # it is never interrupted, and may set no handler
+        yield
+        return
+    held: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *received: held.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        if held and callable(before):
+            before(*held[0])
+
+
+def check_start(out: Path, resume: bool) -> None:
+    """Raise FileNotFoundError if there is no checkpoint in `out` to resume; ValueError if a run that is not asked to
+    resume would write over one that has not ended."""
+    path = out / CHECKPOINT
+    if resume:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file: there is no run to resume")
+    elif path.is_file():
+        step, steps = _step(path), read_identity(path).get("steps")
+        if isinstance(steps, int) and step < steps:
+            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
@@ -34,37 +126,65 @@ def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
     write_tensors(path, tensors, {"identity": json.dumps(identity), "step": str(optimizer.state["step"])})
 
 
-def refuse_unfinished(path: Path) -> None:
-    """Raise ValueError if a run that is not asked to resume would write over one that has not ended."""
-    if path.is_file():
-        metadata = read_metadata(path)
-        step, steps = int(metadata.get("step", 0)), json.loads(metadata.get("identity", "{}")).get("steps", 0)
-        if step < steps:
-            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
-
-
 def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:
-    """Copy parameters and moments in; -> the number of steps that were made."""
-    stored = read_metadata(path).get("identity")
-    if stored is None:
-        raise ValueError(f"{path}: is not a checkpoint of a training run")
-    found = json.loads(stored)
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"{path}: is of another run: {key} was {found.get(key)} there and is {value} here; "
-                "resume with the same settings and data, or start anew in another directory"
-            )
+    """Copy parameters and moments in; -> the number of steps that were made.
+
+    Raises ValueError, before anything is changed, for a checkpoint of another run, or one that is damaged.
+    """
+    for name, there, here in _differences(read_identity(path), identity):
+        raise ValueError(
+            f"{path}: is of another run: {name} was {there!r:.200} there and is {here!r:.200} here; "
+            "resume with the same settings and data, or start anew in another directory"
+        )
     tensors = dict(read_tensors(path))
     state = {name.removeprefix("adamw."): tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")}
     check_shapes(tensors, {f"param.{name}": p.shape for name, p in params.items()}, str(path))
     try:
+        for name, p in params.items():
+            check_like(f"param.{name}", tensors[f"param.{name}"], p)
+            if fault := not_finite(f"param.{name}", tensors[f"param.{name}"]):
+                raise ValueError(fault)
         optimizer.load_state(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, p in params.items():
         p[...] = array_module(p).asarray(tensors[f"param.{name}"])
     return optimizer.state["step"]
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value found, value expected) of what differs; within an object that both have, what differs there."""
+    for key in expected:
+        there, here = found.get(key), expected[key]
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from (
+                (f"{key}'s {name}", x, y)
+                for name, x, y in _differences(there, here | dict.fromkeys(there.keys() - here))
+            )
+        elif there != here:
+            yield key, there, here
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """The settings and checksums of the run that a checkpoint is of. Raises ValueError that names the file."""
+    text = read_metadata(path).get("identity")
+    if text is None:
+        raise ValueError(f"{path}: is not a checkpoint of a training run: its metadata have no identity")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: identity in the metadata: expected a JSON object, got {text!r:.80}")
+    return found
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's metadata, which can be read without its tensors."""
+    text = read_metadata(path).get("step", "")
+    if not text.isdecimal() or len(text) > 20:
+        raise ValueError(f"{path}: step in the metadata: expected a number, got {text!r:.80}")
+    return int(text)
 
 
 def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:
@@ -92,15 +212,30 @@ def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str
     return json.loads(json.dumps(found))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the first line that a kill cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+def read_rows(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of the first `steps` steps; those after them, of which a kill may have cut one short, are not read.
+
+    Raises ValueError that names the file and the line for a row that is missing, or is none.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    while len(rows) < steps:
+        number = len(rows) + 1
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(lines[len(rows)])
+        except (IndexError, ValueError, RecursionError):
+            row = None
+        if not (isinstance(row, dict) and row.get("step") == number and all(_is_number(row, key) for key in _NEEDED)):
+            raise ValueError(f"{path}:{number}: expected the row of step {number}: {CHECKPOINT} is at step {steps}")
+        rows.append(row)
     return rows
+
+
+_NEEDED = ("loss", "lr", "grad_norm", "tokens", "seconds")
+
+
+def _is_number(row: dict[str, Any], key: str) -> bool:
+    return type(row.get(key)) in (int, float)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,34 +7,28 @@ that is killed and resumed ends with the same bits as one never interrupted.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .backend import Array
 from .functional import IGNORE, cross_entropy
 from .model import Model
-from .optim import AdamW, clip_by_global_norm, learning_rate
-from .resume import (
-    CHECKPOINT,
-    METRICS,
-    identity,
-    load_checkpoint,
-    read_rows,
-    refuse_unfinished,
-    save_checkpoint,
-    write_rows,
-)
+from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
+from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
+
+Row = dict[str, Any]  # what a step has measured
+
+_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 0}
+_LEAST |= {"checkpoint_every": 1}
+_MOST = 10**12  # of each: far more than can be done, and all arithmetic with it is exact
 
 
 @dataclass(frozen=True)
@@ -63,16 +57,18 @@ class TrainingConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "micro_batch_size", "warmup", "seed", "eval_every", "checkpoint_every"):
-            value, least = getattr(self, field), 0 if field in ("warmup", "seed", "eval_every") else 1
-            if field == "micro_batch_size" and value is None:
+        for option, least in _LEAST.items():
+            value = getattr(self, option)
+            if option == "micro_batch_size" and value is None:
                 continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{field} must be a whole number of {least} or more, not {value!r}")
-        if not self.max_grad_norm >= 0:
-            raise ValueError(f"max_grad_norm must be 0 or more, not {self.max_grad_norm!r}")
-        AdamW({"": np.zeros(1)}, self.lr, self.betas, 1e-8, self.weight_decay)  # raises for what it cannot use
-        self.learning_rate(0)  # so does this, and here nothing has been done yet
+            if type(value) is not int or not least <= value <= _MOST:
+                raise ValueError(f"{option}: expected a whole number of {least} to {_MOST}, got {value!r:.80}")
+        if not (is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
+            raise ValueError(f"max_grad_norm: expected a number of 0 or more, got {self.max_grad_norm!r:.80}")
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"recompute: expected True or False, got {self.recompute!r:.80}")
+        check_options(self.lr, self.betas, 1e-8, self.weight_decay)
+        self.learning_rate(0)  # raises for what makes no schedule
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
@@ -94,22 +90,28 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
 
 
-def evaluate(model: Model, dataset: Dataset, batch_size: int = 16) -> Evaluation:
+def evaluate(
+    model: Model, dataset: Dataset, batch_size: int = 16, on_batch: Callable[[int], None] | None = None
+) -> Evaluation:
     """The mean loss over every counted token of `dataset`, without dropout.
 
-    Raises ValueError if none stands for any text, FloatingPointError if the loss is not finite.
+    on_batch: called after each batch with the number of sequences done. Raises ValueError if no label stands for any
+    text, FloatingPointError if the loss is not finite.
     """
     nbytes = dataset.counted_bytes
     if nbytes == 0:
         raise ValueError("nothing to evaluate: no label counts but those of special tokens")
     total, count = 0.0, 0
     for start in range(0, len(dataset), batch_size):
-        tokens, labels = dataset.batch(np.arange(start, min(start + batch_size, len(dataset))))
+        stop = min(start + batch_size, len(dataset))
+        tokens, labels = dataset.batch(np.arange(start, stop))
         n = int((labels != IGNORE).sum())
         if n:
             logits, _ = model.forward(tokens, recompute=True)  # so that no layer's cache is kept
             total += cross_entropy(logits, labels, denominator=1)[0]
             count += n
+        if on_batch is not None:
+            on_batch(stop)
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss over {count} tokens is {total}: the model has diverged")
     return Evaluation(total / count, count, total / math.log(2) / nbytes)
@@ -154,93 +156,69 @@ def train(
     held_out: Dataset | None = None,
     out: Path | None = None,
     resume: bool = False,
-    title: str = "training",
-    progress: bool = True,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Train `model.trainable()` in place on `dataset`; return one row of metrics a step.
+    on_step: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Train `model.trainable()` in place on `dataset`; return one row of metrics a step, which `on_step` gets at once.
 
     A row has step (from 1), loss, lr, grad_norm, tokens (counted labels), seconds, and held_out_loss every
     `eval_every` steps. With `out`, the rows go to out/metrics.jsonl and the state to out/checkpoint.safetensors,
-    every `checkpoint_every` steps and at the end; `resume` continues from there (and starts anew where there is
-    none). Raises ValueError for a checkpoint of another run, or of an unfinished one that is not resumed, and
-    FloatingPointError when the gradient is not finite.
+    every `checkpoint_every` steps, at the end, and at Ctrl-C (KeyboardInterrupt then names the step and the file);
+    `resume` continues from there. No other process can train in `out` at the same time.
+
+    Raises FileNotFoundError if there is nothing to resume, ValueError for a checkpoint of another run, or of an
+    unfinished one that is not resumed, and FloatingPointError, naming the step, when a gradient, a parameter or a
+    moment is not finite. Warns if the loss has ended far above where it began.
     """
     params = model.trainable()
     # Weight decay is for matrices: it would pull norms' weights from 1 and biases from where the data puts them.
     optimizer = AdamW(params, config.lr, config.betas, 1e-8, config.weight_decay, lambda name: params[name].ndim > 1)
-    rows: list[dict[str, Any]] = []
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        run = identity(model, dataset, config)
-        if not resume:
-            refuse_unfinished(out / CHECKPOINT)
-            (out / CHECKPOINT).unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
-        elif (out / CHECKPOINT).is_file():
-            start = load_checkpoint(out / CHECKPOINT, params, optimizer, run)
-            rows = read_rows(out / METRICS)[:start]
-            if len(rows) < start:
-                raise ValueError(f"{out / METRICS}: has {len(rows)} rows, {CHECKPOINT} beside it is at step {start}")
-        write_rows(out / METRICS, rows)
+    run = Run(params, optimizer, identity(model, dataset, config) if out is not None else {}, out)
 
-    with _progress(title, config.steps, len(rows), progress) as update:
-        for step in range(optimizer.state["step"], config.steps):
-            begin = time.perf_counter()
-            tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
-            loss, grads = loss_and_gradients(
-                model,
-                tokens,
-                labels,
-                micro_batch_size=config.micro_batch_size,
-                rng=np.random.default_rng([config.seed, step]),
-                recompute=config.recompute,
-            )
-            norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
-            lr = config.learning_rate(step)
-            optimizer.step(grads, lr)
-            row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
-            row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
-            if held_out is not None and config.eval_every and (step + 1) % config.eval_every == 0:
-                row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
-            rows.append(row)
-            if out is not None:
-                with open(out / METRICS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    write_rows(out / METRICS, rows)  # onto the disk: they must not be behind the checkpoint
-                    save_checkpoint(out / CHECKPOINT, params, optimizer, run)
-            update(row, tokens.size)
+    def measure(row: Row) -> None:
+        due = held_out is not None and config.eval_every and row["step"] % config.eval_every == 0
+        if due and "held_out_loss" not in row:
+            row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
+
+    with recorded(run, resume):
+        for row in run.rows[-1:]:
+            measure(row)  # an interrupt may have come between the update and this
+        for step in range(len(run.rows), config.steps):
+            begin, lr = time.perf_counter(), config.learning_rate(step)
+            try:
+                tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
+                loss, grads = loss_and_gradients(
+                    model,
+                    tokens,
+                    labels,
+                    micro_batch_size=config.micro_batch_size,
+                    rng=np.random.default_rng([config.seed, step]),
+                    recompute=config.recompute,
+                )
+                norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
+                with uninterrupted():
+                    optimizer.step(grads, lr)
+                    row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+                    row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
+                    run.rows.append(row)
+                measure(row)
+                run.record(row, save=(step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"step {step + 1}, learning rate {lr:g}: {optimizer.fault() or error}"
+                ) from None
             if on_step is not None:
                 on_step(row)
-    return rows
+    _warn_if_diverged(run.rows)
+    return run.rows
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------
-
-
-# ---- what a person sees ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(title: str, steps: int, done: int, wanted: bool) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """A bar with loss, tokens a second and the time left; nothing where the output is not a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=steps, completed=done, loss=math.nan, speed=0.0)
-        loss = speed = None
-
-        def update(row: dict[str, Any], tokens: int) -> None:
-            nonlocal loss, speed
-            now = tokens / row["seconds"]
-            loss = row["loss"] if loss is None else 0.9 * loss + 0.1 * row["loss"]  # smoothed, for the eye only
-            speed = now if speed is None else 0.9 * speed + 0.1 * now
-            bar.update(task, advance=1, loss=loss, speed=speed)
-
-        yield update
+def _warn_if_diverged(rows: list[Row]) -> None:
+    """Warn if the mean loss of the last tenth of the steps is more than a nat above that of the first steps."""
+    n = max(1, len(rows) // 10)
+    first, last = (sum(row["loss"] for row in part) / n for part in (rows[:n], rows[-n:]))
+    if last > first + 1:
+        warnings.warn(
+            f"the training loss rose from {first:.2f} to {last:.2f}: the run has diverged; begin anew with a lower "
+            f"learning rate than {max(row['lr'] for row in rows):g}, or with warm-up",
+            stacklevel=3,
+        )

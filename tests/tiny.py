@@ -68,7 +68,7 @@ def interrupted(module, step: int, checkpoint_every: int):
 
     def trained(model, dataset, config, **options):
         config = rq.TrainingConfig(**{**vars(config), "checkpoint_every": checkpoint_every})
-        return train(model, dataset, config, **options, on_step=stop)
+        return train(model, dataset, config, **{**options, "on_step": stop})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "train", trained)

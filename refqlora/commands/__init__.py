@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ COMMANDS = {
     "inspect": "say what is in a file or directory: tensors, quantisation, adapter, training",
     "parity": "hold this package, or your own kernel, against the real libraries",
     "info": "say what this machine has: versions, processor, memory, BLAS, GPU",
+    "figures": "redraw every figure",
     "pretrain": "train the bundled base anew, from scratch, on the standard library's source",
 }
 
@@ -52,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
         _say(f"{program}: {message}")
         return 2
-    except KeyboardInterrupt as stop:
-        _say(f"\n{program}: interrupted{f': {stop}' if str(stop) else ''}")  # it may tell where the work goes on
+    except KeyboardInterrupt as saved:  # training says in it what it has saved
+        again = shlex.join(["refqlora", *(word for word in argv if word != "--resume"), "--resume"])
+        _say(f"\n{program}: interrupted{f': {saved}; to go on: {again}' if str(saved) else ''}")
         return 130
 
 

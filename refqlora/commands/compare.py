@@ -20,6 +20,7 @@ from ..text.encoding import pack
 from ..training import evaluate, train
 from .demo import bundled, docstring_task, measure_step, plain_source, training_config
 from .options import console, count, json_option, out_option, report, seed_option, show
+from .progress import progress
 
 RANKS = (1, 2, 4, 8, 16, 64)
 FULL_LR = 2e-4  # full fine-tuning's learning rate: the best of 1e-4, 2e-4, 5e-4 and 1e-3 on this task
@@ -44,7 +45,9 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
             model.add_adapter(rank=rank, alpha=2 * rank, seed=seed)
         nbytes = measure_step(model, task)
         title = method if rank is None else f"{method} r={rank}"
-        log = train(model, task, training_config(steps, seed, **({"lr": FULL_LR} if rank is None else {})), title=title)
+        recipe = training_config(steps, seed, **({"lr": FULL_LR} if rank is None else {}))
+        with progress(title, steps, console.quiet) as bar:
+            log = train(model, task, recipe, on_step=bar)
         rows.append(
             {
                 "method": method,
@@ -59,7 +62,7 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
             }
         )
     show(console, methods_table(rows, steps))
-    modular = modularity(task, held_out, steps, seed)
+    modular = modularity(task, held_out, steps, seed, console.quiet)
     show(console, modularity_table(modular))
     facts = {"steps": steps, "seed": seed, "methods": rows, "modularity": modular}
     write_json(out / "compare.json", facts)
@@ -74,7 +77,9 @@ def _methods() -> Iterator[tuple[str, int | None]]:
             yield method, rank
 
 
-def modularity(task: Dataset, held_out: Dataset, steps: int, seed: int) -> dict[str, dict[str, float]]:
+def modularity(
+    task: Dataset, held_out: Dataset, steps: int, seed: int, quiet: bool = False
+) -> dict[str, dict[str, float]]:
     """Two adapters on one quantised base, one for docstrings and one for the language reference.
 
     -> for each adapter, and for the base alone ("none"), the held-out loss on each domain.
@@ -87,7 +92,8 @@ def modularity(task: Dataset, held_out: Dataset, steps: int, seed: int) -> dict[
         model.add_adapter(domain, rank=16, alpha=32, seed=seed)
         # A block of prose holds several times the tokens of a docstring: fewer of them make a step.
         config = training_config(steps if domain == "docstrings" else math.ceil(steps / 3), seed)
-        train(model, text, config, title=domain)
+        with progress(domain, config.steps, quiet) as bar:
+            train(model, text, config, on_step=bar)
     losses = {}
     for adapter in (None, *domains):
         model.set_adapter(adapter)

@@ -31,6 +31,7 @@ from ..text.generation import complete
 from ..text.tokenizer import load_tokenizer
 from ..training import TrainingConfig, evaluate, loss_and_gradients, train
 from .options import common, console, count, out_option, report
+from .progress import progress
 
 MAX_LENGTH = 128  # tokens of a signature and its docstring; nearly all are shorter
 # Held-out functions whose docstrings are written out, of different modules.
@@ -109,7 +110,8 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
 
     console.print(f"[bold]3. {steps} steps on {len(train_set):,} functions[/], {len(held_out)} others held out\n")
     config = training_config(steps, seed, eval_every=max(1, steps // 6))
-    rows = train(model, train_set, config, held_out=held_out, out=out, resume=resume, title="fine-tuning")
+    with progress("fine-tuning", steps, console.quiet) as bar:
+        rows = train(model, train_set, config, held_out=held_out, out=out, resume=resume, on_step=bar)
     after = evaluate(model, held_out)
     facts["seconds_per_step"] = float(np.median([row["seconds"] for row in rows]))
     facts["held_out_loss"] = {"before": before.loss, "after": after.loss}

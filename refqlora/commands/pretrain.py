@@ -21,6 +21,7 @@ from ..text.generation import complete
 from ..text.tokenizer import train_bpe
 from ..training import TrainingConfig, evaluate, train
 from .options import common, console, count, out_option, report
+from .progress import progress
 
 CONTEXT = 256  # tokens in a block of training text
 END = 0  # the token that ends a text
@@ -44,7 +45,14 @@ PROMPTS = ("def read_lines(path):\n", "class Queue:\n", "import os\n")
 
 
 def pretrain(
-    out: Path, *, steps: int = 6000, batch_size: int = 8, lr: float = 2e-3, seed: int = 0, resume: bool = False
+    out: Path,
+    *,
+    steps: int = 6000,
+    batch_size: int = 8,
+    lr: float = 2e-3,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train `BASE` and its tokenizer and write them to `out`; -> the figures that the card gives.
 
@@ -75,7 +83,8 @@ def pretrain(
     model = Model.from_config(BASE, seed)
     probe = held_out.subset(range(0, len(held_out), 8))  # an eighth of it, for the curve
     before = evaluate(model, probe).loss
-    rows = train(model, text, config, held_out=probe, out=out, resume=resume, title="pretraining")
+    with progress("pretraining", steps, quiet) as bar:
+        rows = train(model, text, config, held_out=probe, out=out, resume=resume, on_step=bar)
     model.save_pretrained(out, ml_dtypes.bfloat16)
     stored = Model.from_pretrained(out)  # the figures are those of the weights as stored
     result = evaluate(stored, held_out)
@@ -156,7 +165,8 @@ def add(options: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    facts = pretrain(a.out, steps=a.steps, batch_size=a.batch_size, lr=a.lr, seed=a.seed, resume=a.resume)
+    options = {"steps": a.steps, "batch_size": a.batch_size, "lr": a.lr, "seed": a.seed, "resume": a.resume}
+    facts = pretrain(a.out, **options, quiet=a.json)
     console(a).print(
         f"held-out loss {facts['held_out_loss']:.4f}, {facts['held_out_bits_per_byte']:.4f} bits a byte, in {a.out}/",
         highlight=False,

@@ -20,7 +20,7 @@ from ..files import bnb, model_files, pretrained, shards
 from ..files.bnb import TYPES
 from ..files.config_json import config_from_dict, read_config_json
 from ..files.hub import model_directory
-from ..files.writing import check_new, new_directory, write_json
+from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
 from ..quantization_error import Error, quantization_error
 from .options import console, model, report
@@ -56,8 +56,6 @@ def quantize_files(
         raise ValueError(f"{model / 'config.json'}: the model is quantised already")
     if kind not in bnb.TYPES:
         raise ValueError(f"type must be one of {', '.join(bnb.TYPES)}, not {kind!r}")
-    out = out.resolve()
-    check_new(out)
     rows: list[Row] = []
     with new_directory(out) as directory:
         for pattern in COMPANIONS:

@@ -13,6 +13,7 @@ from .reading import FLOATS, PICKLED, UNPICKLE, Entry, read_json, read_tensor, r
 # What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. It is not read.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors")
 
 
 def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:

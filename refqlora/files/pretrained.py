@@ -18,7 +18,7 @@ from ..quantization import quantize as to_4_bits  # `quantize` is an option's na
 from . import bnb, model_files, shards
 from .config_json import config_from_dict, config_to_dict, read_config_json, read_generation_config
 from .hub import model_directory
-from .writing import write_json
+from .writing import together, write_json
 
 
 def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, dict[str, Weight]]:
@@ -74,10 +74,10 @@ def save(path: str | Path, config: Config, params: Mapping[str, Weight], dtype: 
     path = Path(path)
     shard_bytes = shards.parse_size(max_shard_size)
     d = config_to_dict(config, dtype) | bnb.config_of(params, config.linears(), dtype)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)
-    shards.write_model(path, tensors, shard_bytes)
-    write_json(path / "config.json", d)
+    with together(path, last="config.json", instead_of=model_files.WEIGHT_FILES) as new:
+        shards.write_model(new, tensors, shard_bytes)
+        write_json(new / "config.json", d)
 
 
 def _check(found: Mapping[str, Any], expected: dict[str, tuple[int, ...]], tied: bool, path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_run_of_refqlora(saved, tmp_path):
     """Adapter, training checkpoint: what `refqlora finetune` leaves."""
     model = rq.Model.from_pretrained(saved, quantize="nf4")
     model.add_adapter(rank=2)
-    rq.train(model, tiny.examples(), rq.TrainingConfig(steps=3, batch_size=2), out=tmp_path / "out", progress=False)
+    rq.train(model, tiny.examples(), rq.TrainingConfig(steps=3, batch_size=2), out=tmp_path / "out")
     model.save_adapter(tmp_path / "out")
     facts = inspect(tmp_path / "out")
     assert set(facts) == {"path", "adapter", "training"}

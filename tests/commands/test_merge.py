@@ -192,8 +192,8 @@ def test_what_it_refuses(base, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     cases = {
-        f"--adapter {adapter} --out {tmp_path / 'full'}": "full: is there already, and not empty",
-        f"--adapter {adapter} --out {base}": "is there already, and not empty",
+        f"--adapter {adapter} --out {tmp_path / 'full'}": "full: expected a new or empty directory, got",
+        f"--adapter {adapter} --out {base}": "expected a new or empty directory, got",
         f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
         f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": r"proj\.weight: merged, it is beyond what float16",
         f"--adapter {adapter} --out {tmp_path / 'o'} --nf4 --dtype float16": "does not go with nf4",

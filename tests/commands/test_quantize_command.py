@@ -174,25 +174,40 @@ def test_it_writes_over_nothing(out, saved, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert main(["quantize", "--model", str(saved), "--out", str(tmp_path / out)]) == 2
-    assert f"{tmp_path / out}: is there already" in capsys.readouterr().err
+    assert f"{tmp_path / out}: expected a new or empty directory, got " in capsys.readouterr().err
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_killed_run_leaves_no_out_and_stands_in_nobodys_way(saved, tmp_path):
-    """Killed when all is written but the name."""
+def test_a_killed_run_leaves_no_model_and_stands_in_nobodys_way(saved, tmp_path):
+    """Killed when all is written but config.json, which makes it a model."""
     child = f"""
 import os
 from refqlora import commands
-replace = os.replace
-os.replace = lambda a, b: os._exit(9) if str(b).endswith("out") else replace(a, b)
+os.replace = lambda a, b: os._exit(9) if str(b).endswith("config.json") else None
 commands.main(["quantize", "--model", {str(saved)!r}, "--out", {str(tmp_path / "out")!r}])
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(rq.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-c", child], env=environment).returncode == 9
-    assert {file.name for file in tmp_path.iterdir()} == {"model", ".out.tmp"}
+    with pytest.raises(FileNotFoundError, match=r"out/config\.json: no such file"):
+        rq.Model.from_pretrained(tmp_path / "out")
     quantize(saved, tmp_path / "out")
     assert {file.name for file in tmp_path.iterdir()} == {"model", "out"}
+    assert not list((tmp_path / "out").glob(".*"))
     rq.Model.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["link", "link to nothing", "link to a full one"])
+def test_a_link_to_an_empty_directory_is_followed(out, saved, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to({"link": "elsewhere", "link to nothing": "none"}.get(out, "model"))
+    done = main(["quantize", "--model", str(saved), "--out", str(tmp_path / "out"), "--json"])
+    if out == "link":
+        assert done == 0
+        rq.Model.from_pretrained(tmp_path / "elsewhere")
+    else:
+        assert done == 2
+        assert f"{tmp_path / 'out'}: expected a new or empty directory, got " in capsys.readouterr().err
+    assert (tmp_path / "out").is_symlink()
 
 
 # ---- what a person sees ----

@@ -163,11 +163,11 @@ def test_bytes_are_two_moments():
         (lambda g: g.pop("b.weight"), "parameter b.weight: no gradient"),
         (
             lambda g: g.update({"a.weight": np.ones((5, 3))}),
-            r"a\.weight: expected float64 \(3, 5\), found float64 \(5, 3\)",
+            r"a\.weight: expected float64 \(3, 5\), got float64 \(5, 3\)",
         ),
         (
             lambda g: g.update({"b.weight": np.ones(7, np.float32)}),
-            r"b\.weight: expected float64 .* found float32",
+            r"b\.weight: expected float64 .* got float32",
         ),
         (lambda g: g.update({"d.weight": np.ones(1)}), "d.weight: the optimiser has no such parameter"),
     ],
@@ -188,7 +188,7 @@ def test_a_wrong_gradient_is_named_and_changes_nothing(change, message):
     ("arguments", "message"),
     [
         ({"params": {}}, "no parameters"),
-        ({"params": {"h": np.ones(2, np.float16)}}, "h: expected float32 or float64, found float16"),
+        ({"params": {"h": np.ones(2, np.float16)}}, "h: expected float32 or float64, got float16"),
         ({"params": {"t": np.ones((2, 3)).T}}, "t: .* not C-contiguous"),
         ({"betas": (0.9, 1.0)}, r"betas: .*\(0\.9, 1\.0\)"),
         ({"lr": -1.0}, "lr: .*-1"),
@@ -208,9 +208,9 @@ def test_unusable_settings(arguments, message):
     [
         (lambda s: s.pop("v.p"), "v.p: missing"),
         (lambda s: s.pop("step"), "step: missing"),
-        (lambda s: s.update({"m.p": np.ones(3)}), r"m\.p: expected float64 \(2,\), found float64 \(3,\)"),
+        (lambda s: s.update({"m.p": np.ones(3)}), r"m\.p: expected float64 \(2,\), got float64 \(3,\)"),
         (lambda s: s.update({"m.q": np.ones(2)}), "m.q: the optimiser has no such entry"),
-        (lambda s: s.update({"step": np.array(-1)}), "step: expected 0 or more, found -1"),
+        (lambda s: s.update({"step": np.array(-1)}), "step: expected 0 or more, got -1"),
     ],
 )
 def test_a_wrong_saved_state_is_named(change, message):
@@ -300,13 +300,13 @@ def test_warmup_to_the_very_end():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": "cosin"}, "schedule: expected one of constant, linear, cosine, found 'cosin'"),
-        ({"warmup_steps": 11}, r"warmup_steps: .*\(10\), found 11"),
+        ({"schedule": "cosin"}, "schedule: expected one of constant, linear, cosine, got 'cosin'"),
+        ({"warmup_steps": 11}, r"warmup_steps: .*\(10\), got 11"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"floor": 2.0}, "floor and peak"),
-        ({"peak": -1.0}, "floor and peak"),
-        ({"peak": math.nan}, "floor and peak"),
-        ({"step": -1}, "step: expected 0 or more, found -1"),
+        ({"floor": 2.0}, "floor: expected at most the peak"),
+        ({"peak": -1.0}, "peak: expected a finite number, 0 or more, got -1.0"),
+        ({"peak": math.nan}, "peak: expected a finite"),
+        ({"step": -1}, "step: expected 0 or more, got -1"),
     ],
 )
 def test_unusable_curves(change, message):

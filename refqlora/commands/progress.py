@@ -1,0 +1,108 @@
+"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing where it is unwanted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..training import Row
+
+SILENCE = 30  # seconds without a line in a pipe, at the most
+SHARE = 0.05  # of the steps: a line in a pipe after each
+SLOW = 4  # times as long as the first steps took: something else wants the processors
+BUSY = (
+    "a step now takes {:.0f} times as long as the first ones did. Where another process is busy, the threads of the BLAS "
+    "wait for one another: OPENBLAS_NUM_THREADS=1 before the command is often faster then"
+)
+
+
+@contextmanager
+def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[Row | int], None]]:
+    """Show how far `total` steps are: call what this yields with each row of `train`, or with the number that is done.
+
+    It goes to stderr. A bar where that is a terminal; elsewhere a line at the first row, at the last, and after every
+    twentieth of the steps or 30 seconds (of numbers, only after 30 seconds).
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda _: None
+        return
+    meter = Meter(total)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, words="")
+
+        def update(now: Row | int) -> None:
+            done, words = meter.read(now)
+            bar.update(task, completed=done, words=words)
+            if not console.is_terminal and meter.line_is_due(done, isinstance(now, int)):
+                console.print(f"{title} {done:,}/{total:,}  {words}", highlight=False, markup=False, soft_wrap=True)
+            if advice := meter.advice():
+                console.print(f"Warning: {advice}", highlight=False, markup=False, soft_wrap=True)
+
+        yield update
+
+
+class Meter:
+    """Rows of metrics in a few words: loss and tokens a second, smoothed for the eye, and the time left."""
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.clock = total, clock
+        self.begin = self.last_line = clock()
+        self.first_done: int | None = None  # where a resumed run begins
+        self.loss = self.speed = 0.0
+        self.costs: list[tuple[float, float]] = []  # of the first steps and of the last: seconds, and seconds a token
+        self.told = False
+        self.next_line = 0.0
+
+    def read(self, now: Row | int) -> tuple[int, str]:
+        """-> how many are done, and the words."""
+        done = now if isinstance(now, int) else now["step"]
+        began = self.first_done is None
+        if self.first_done is None:
+            self.first_done = done - 1
+        each = (self.clock() - self.begin) / max(1, done - self.first_done)
+        left = f"{duration(each * (self.total - done))} left"
+        if isinstance(now, int):
+            return done, left
+        loss, speed = now["loss"], now["tokens"] / max(now["seconds"], 1e-9)
+        self.loss = loss if began else 0.9 * self.loss + 0.1 * loss
+        self.speed = speed if began else 0.9 * self.speed + 0.1 * speed
+        self.costs.append((now["seconds"], now["seconds"] / max(1, now["tokens"])))
+        return done, f"loss {self.loss:.3f}  {self.speed:,.0f} tokens/s  {left}"
+
+    def line_is_due(self, done: int, by_time_only: bool) -> bool:
+        """Whether a line is to be printed at this step; it counts as printed."""
+        by_steps = not by_time_only and (done >= self.next_line or done == self.total)
+        if not by_steps and self.clock() - self.last_line < SILENCE:
+            return False
+        self.last_line, self.next_line = self.clock(), done + SHARE * self.total
+        return True
+
+    def advice(self) -> str | None:
+        """What to do about steps that have become slow: said once, when three in a row were, whatever their length."""
+        if self.told or len(self.costs) < 8:
+            return None
+        first, last = self.costs[:5], self.costs[-3:]
+        factor = min(min(cost[i] for cost in last) / max(median(cost[i] for cost in first), 1e-9) for i in (0, 1))
+        self.costs = [*first, *last]
+        self.told = factor > SLOW
+        return BUSY.format(factor) if self.told else None
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min, 2 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
