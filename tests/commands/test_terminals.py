@@ -93,7 +93,8 @@ def test_ctrl_c_is_one_line(message, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "import_module", interrupted)
     assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == f"\nrefqlora demo: interrupted{message and ': ' + message}\n"
+    going_on = f": {message}; to go on: refqlora demo --resume" if message else ""
+    assert capsys.readouterr().err == f"\nrefqlora demo: interrupted{going_on}\n"
 
 
 # ---- tables ----
