@@ -30,7 +30,7 @@ from ..files.writing import check_new, new_directory
 from ..lora import LoRA, Weight, dense, merge
 from ..model import Model
 from ..quantization import QuantizedTensor, dequantize, quantize
-from .options import console, model, report
+from .options import console, model, report, show
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INTO = ("dequantised", "original", "nf4")
@@ -206,7 +206,7 @@ def run(a: argparse.Namespace) -> None:
         errors = ("-" if row[way] is None else f"{row[way]:.3g}" for way in ways)
         table.add_row(kind, f"{row['change']:.3g}", *errors)
     out, trained = console(a), "the NF4 base" if facts["trained_on_nf4"] else "the dense base"
-    out.print(table)
+    show(out, table)
     out.print(
         f"An error is how far the merged weights are from those trained ({trained} with the adapter), as a multiple of "
         "the adapter's own change: at 0.01 a hundredth of it is lost, at 1 they are as far off as the base without it.",
