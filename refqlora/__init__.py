@@ -16,7 +16,7 @@ Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: e
     architectures, config, patterns, lora_config              which parts a model has, and which of them adapters sit on
     adapters, adapter_sums                                    adapters made, put onto a model, combined
     kv_cache, layer, lm_head, decoder                         a whole decoder
-    optim, resume, training, model                            training it, and the front door
+    model, optim, resume, training                            the front door, and training
 
 What surrounds the engine has a folder each: files, text, memory, parity, figures, commands.
 """

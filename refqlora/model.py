@@ -127,7 +127,9 @@ class Model:
         """
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
-    def combine_adapters(self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None) -> None:
+    def combine_adapters(
+        self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None
+    ) -> None:
         """Combine adapters, each times its factor, into a new one, and make it the active one: see adapter_sums.py.
         model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")"""
         parts = {self._known(one): self.adapters[one] for one in factors}
