@@ -27,8 +27,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells each default that the option's help does not, but neither None nor a flag's. An epilog of several lines
-    keeps them."""
+    """Tells each default that the option's help does not, but neither None nor a flag's; calls a number N or X; and
+    leaves an epilog of several lines as it is."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        name = {natural: "N", count: "N", float: "X"}.get(action.type)
+        return name or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.default is None or action.default is False or "(default:" in (action.help or "")
@@ -57,7 +61,7 @@ def out_option(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def seed_option(command: argparse.ArgumentParser, of: str = "everything random") -> None:
-    command.add_argument("--seed", type=natural, metavar="N", default=0, help=f"of {of}")
+    command.add_argument("--seed", type=natural, default=0, help=f"of {of}")
 
 
 def json_option(command: argparse.ArgumentParser) -> None:

@@ -43,11 +43,10 @@ def add(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--only", action="append", metavar="NAME", help="this check, or function of the kernel, alone; may be repeated"
     )
-    options.add_argument("--seed", type=natural, metavar="N", help="of the random tensors and models (default: 0)")
+    options.add_argument("--seed", type=natural, help="of the random tensors and models (default: 0)")
     options.add_argument(
         "--size",
         type=size,
-        metavar="N",
         help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; for a kernel small)",
     )
     options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
