@@ -94,8 +94,11 @@ def _run(arguments: argparse.Namespace, program: str) -> int:
 
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a download's would fill the log
+    import logging
+
     import numpy as np  # here, as it takes a tenth of a second
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written to
     # What is not finite ends training with an error of its own.
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

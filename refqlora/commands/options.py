@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-def one_line(message: object, longest: int = 1000) -> str:
-    """What an error says, whatever the names in it hold."""
-    text = re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}…", " ".join(str(message).split()))
+def one_line(error: BaseException | str, longest: int = 1000) -> str:
+    """What an error says, whatever the names in it hold: a file's name first."""
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}…", " ".join(str(error).split()))
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 

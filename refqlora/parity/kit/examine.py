@@ -78,7 +78,7 @@ def load_kernel(name: str) -> ModuleType:
     """The module of this dotted name, or of this path to a .py file. Raises ValueError if it cannot be imported or
     offers no function of the protocol."""
     path = Path(name)
-    here = str(path.resolve().parent) if path.suffix == ".py" else str(Path.cwd())
+    here = str(path.resolve().parent) if path.suffix == ".py" else ""
     if here not in sys.path:
         sys.path.insert(0, here)  # its neighbours can be imported
     try:
