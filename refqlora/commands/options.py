@@ -101,7 +101,7 @@ def console(a: argparse.Namespace) -> Console:
             raise BrokenPipeError from None
 
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Output(quiet=a.json, width=None if on_terminal else 10_000, soft_wrap=True)
+    return Output(quiet=a.json, width=None if on_terminal else 10_000, soft_wrap=not on_terminal)
 
 
 def show(console: Console, shown: Table | Text) -> None:
@@ -109,25 +109,27 @@ def show(console: Console, shown: Table | Text) -> None:
     number is cut."""
     from rich.table import Table
 
-    if not isinstance(shown, Table) or not shown.show_header or _width(shown) <= console.width:
+    if not isinstance(shown, Table) or _width(shown) <= console.width:
         console.print(shown, highlight=False)
         return
-    headers = [str(column.header) for column in shown.columns]
     lines = [str(shown.title)] if shown.title else []
+    headers = [str(column.header) for column in shown.columns]
     for row in zip(*(column.cells for column in shown.columns), strict=True):
-        lines += [f"  {header:{max(map(len, headers))}}  {cell}" for header, cell in zip(headers, row, strict=True)] + [
-            ""
-        ]
+        if shown.show_header:
+            lines += [f"  {header:{max(map(len, headers))}}  {cell}" for header, cell in zip(headers, row, strict=True)]
+            lines.append("")
+        else:
+            lines.append("  ".join(map(str, row)))
     lines += [str(shown.caption)] if shown.caption else []
     console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def _width(table: Table) -> int:
-    """What a table needs; a column that folds can do with 12."""
+    """What a table needs; a column that folds can do with 16."""
     width = 1
     for column in table.columns:
         longest = max(len(str(cell)) for cell in (column.header, *column.cells))
-        width += 3 + (min(longest, 12) if column.overflow == "fold" else longest)
+        width += 3 + (min(longest, 16) if column.overflow == "fold" else longest)
     return width
 
 
