@@ -122,7 +122,7 @@ def _takes(kind: Any, value: Any, letter: str) -> bool:
     """Whether one character is what a part of one character wants."""
     if kind is c.IN:
         negated = value[0][0] is c.NEGATE
-        return any(_takes(*one, letter) for one in value[negated:]) != negated
+        return any(_takes(part, wanted, letter) for part, wanted in value[negated:]) != negated
     if kind is c.RANGE:
         return value[0] <= ord(letter) <= value[1]
     if kind is c.CATEGORY:

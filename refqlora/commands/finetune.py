@@ -62,8 +62,8 @@ def finetune(
     keep_freed_memory()
     seed = training.get("seed", 0)
     directory = model_directory(base)
-    late = LoraConfig(**adapter).changes_base  # PiSSA and OLoRA take the dense weights apart: quantised after that
-    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
+    adapters = {"default": LoraConfig(**adapter)}
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize else None, adapters=adapters, seed=seed)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     eos = model.config.eos_token_id
     eos = eos[0] if isinstance(eos, tuple) and eos else eos
@@ -76,9 +76,6 @@ def finetune(
     train_set, eval_set = read_dataset(data, tokenizer, template, eos, max_length, held_out, seed)
     if truncated := train_set.truncated + eval_set.truncated:
         console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
-    model.add_adapter(**adapter, seed=seed)
-    if quantize:
-        model.quantize()
     if epochs is not None:
         batch_size = training.get("batch_size", TrainingConfig.batch_size)
         training = {**training, "steps": max(1, round(epochs * len(train_set) / batch_size))}

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..files.adapter_files import read_config
+from ..adapters import warn_if_untrained
 from ..files.hub import model_directory
 from ..model import Model
 from ..text.chat import load_chat_template
@@ -76,13 +76,10 @@ def run(a: argparse.Namespace) -> None:
     if a.system is not None and not a.chat:
         raise ValueError("--system goes with --chat")
     base, adapters = model_directory(a.model), adapter_names(a.adapter or [])
-    late = any(read_config(directory).changes_base for directory in adapters.values())  # they take dense weights apart
-    model = Model.from_pretrained(base, quantize=None if a.no_quantize or late else "nf4")
-    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    model = Model.from_pretrained(base, quantize=None if a.no_quantize else "nf4", adapters=adapters)
     for name, directory in adapters.items():
-        model.load_adapter(directory, name)
-    if late and not a.no_quantize:
-        model.quantize()
+        warn_if_untrained(model.adapters[name], str(directory))
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
     eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, tuple) else (model.config.eos_token_id,)
     stop_strings = [check_text(text).replace("\\n", "\n") for text in a.stop or []]
     given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}

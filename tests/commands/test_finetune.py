@@ -228,8 +228,8 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
     ("options", "message"),
     [
         ({"max_length": 65}, "max length must be 1 to 64, the model's context, not 65"),
-        ({"adapter": {"rank": 0}}, "rank must be"),
-        ({"adapter": {"targets": ("w_q",)}}, "target w_q matches no linear"),
+        ({"adapter": {"rank": 0}}, "rank: expected a whole number"),
+        ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* found 5"),
         ({"held_out": 1.0}, "the held-out fraction must be between 0 and 1, not 1.0"),
