@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -110,12 +110,24 @@ def offered(module: ModuleType) -> list[str]:
 
 def examine(module: ModuleType, function: str, seed: int = 0, size: int = 100_000) -> Report:
     """Put one function of the module through every call, and say what differs. Whatever it raises is a finding."""
-    block_sizes = tuple(getattr(module, "BLOCK_SIZES", BLOCK_SIZES))
-    dtypes = tuple(np.dtype(t).name for t in getattr(module, "DTYPES", FLOATS))
+    block_sizes = _taken(module, "BLOCK_SIZES", BLOCK_SIZES, int)
+    dtypes = _taken(module, "DTYPES", FLOATS, lambda dtype: np.dtype(dtype).name)
     calls = trials(function, seed, size, block_sizes, dtypes)
     for trial in calls:
         _call(getattr(module, function), trial)
     return Report(function, len(calls), tuple(_findings(calls)))
+
+
+def _taken(module: ModuleType, name: str, known: tuple, kind: Callable[[Any], Any]) -> tuple:
+    """Which of what is known the module says that it takes: all of it, unless it says so."""
+    given = getattr(module, name, known)
+    try:
+        taken = [kind(one) for one in (() if isinstance(given, str) else given)]
+    except (TypeError, ValueError):
+        taken = []
+    if not set(taken) & set(known):
+        raise ValueError(f"{name}: expected a tuple of some of {', '.join(map(str, known))}, got {given!r:.80}")
+    return tuple(one for one in known if one in taken)
 
 
 def _call(function: Any, trial: Trial) -> None:
