@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from ..backend import keep_freed_memory
 from ..figures.loss import held_out_losses, loss_figure
@@ -18,25 +17,11 @@ from ..files.hub import BUNDLED, model_directory
 from ..lora_config import INITS, LoraConfig
 from ..model import Model
 from ..optim import SCHEDULES
-from ..text.chat import ChatTemplate, load_chat_template
-from ..text.dataset import Dataset, split
-from ..text.encoding import pack_split, tokenize_examples
-from ..text.examples import read_jsonl, read_texts
+from ..text.chat import load_chat_template
+from ..text.data_files import read_dataset
 from ..text.tokenizer import load_tokenizer
 from ..training import TrainingConfig, evaluate, train
 from .options import common, console, count, model, natural, report
-
-
-def read_dataset(
-    path: Path, tokenizer: Tokenizer, template: ChatTemplate, eos_id: int, max_length: int, held_out: float, seed: int
-) -> tuple[Dataset, Dataset]:
-    """(training, held-out) from a .jsonl file of examples, or from a text file or directory cut into blocks."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.suffix == ".jsonl":
-        parts = split(read_jsonl(path, template), held_out, seed)
-        return tuple(tokenize_examples(part, tokenizer, max_length, eos_id) for part in parts)
-    return pack_split(read_texts(path), tokenizer, max_length, eos_id, held_out, seed)
 
 
 def finetune(
@@ -73,7 +58,11 @@ def finetune(
     if not 1 <= max_length <= model.config.max_positions:
         raise ValueError(f"max length must be 1 to {model.config.max_positions}, the model's context, not {max_length}")
     template = load_chat_template(directory, tokenizer, eos)
-    train_set, eval_set = read_dataset(data, tokenizer, template, eos, max_length, held_out, seed)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    train_set, eval_set = read_dataset(data, tokenizer, template, eos, max_length, held_out, seed, say)
     if truncated := train_set.truncated + eval_set.truncated:
         console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
     if epochs is not None:

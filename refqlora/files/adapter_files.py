@@ -142,10 +142,12 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
         name = key.removeprefix(PEFT_PREFIX)
         for part, sign in {"an embedding": ".lora_embedding_", "the output head": "lm_head.lora_"}.items():
             if sign in name:
-                raise ValueError(f"{path}: {key} is an adapter on {part}: expected only linears inside the layers")
+                raise ValueError(
+                    f"{path}: {shown(key, 150)} is on {part}: expected adapters on the layers' linears only"
+                )
         if name == key or not name.endswith(kinds):
             expected = ", ".join(PEFT_PREFIX + "<linear>" + kind for kind in kinds)
-            raise ValueError(f"{path}: {key} is not a LoRA matrix ({expected})")
+            raise ValueError(f"{path}: {shown(key, 150)} is not a LoRA matrix ({expected})")
         params[name] = tensor
     return config, params
 
@@ -174,7 +176,7 @@ def _read_config(directory: Path) -> tuple[LoraConfig, bool]:
             if not any(value == allowed and type(value) is type(allowed) for allowed in MUST_BE[key]):
                 raise _unexpected(path, key, " or ".join(map(json.dumps, MUST_BE[key])), value)
         elif key not in IGNORED and value not in (None, False, [], {}):
-            raise ValueError(f"{path}: {key} is not known: it might change the numbers")
+            raise ValueError(f"{path}: {shown(key)} is not known: it might change the numbers")
     for key in ("peft_type", *_NEEDED):
         if found.get(key) is None:
             raise ValueError(f"{path}: {key} is missing")

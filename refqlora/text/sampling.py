@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ..checks import Rule, check
+
+
+def _number(expected: str, fits: Callable[[Any], bool]) -> Rule:
+    return Rule(expected, lambda x: isinstance(x, int | float | np.integer | np.floating) and bool(fits(x)))
+
+
+WHOLE = Rule("a whole number of 0 or more", lambda x: isinstance(x, int | np.integer) and bool(x >= 0))
+_RULES = {
+    "temperature": _number("a number of 0 or more", lambda x: 0 <= x <= sys.float_info.max),
+    "top_k": WHOLE,
+    "top_p": _number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": _number("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": _number("a number above 0", lambda x: 0 < x <= sys.float_info.max),
+}
 
 
 @dataclass(frozen=True)
@@ -29,16 +47,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be a whole number of 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+        for name, rule in _RULES.items():
+            check(name, getattr(self, name), rule)
 
     def probabilities(self, logits: np.ndarray, seen: Collection[int] = ()) -> np.ndarray:
         """logits (V,), and the tokens of the text so far -> what the next token is drawn from, (V,) float64.

@@ -157,7 +157,7 @@ def test_its_files_are_its_figures(base, demonstrated):
     assert evaluate(model, source).bits_per_byte == facts["source_bits_per_byte"]["adapter"]
     for written in facts["written"]:
         how = {"max_new_tokens": 60, "stop": (0,), "repetition_penalty": facts["repetition_penalty"]}
-        assert complete(model, tokenizer, written["prompt"], **how) == written["after"]
+        assert complete(model, written["prompt"], tokenizer=tokenizer, **how) == written["after"]
 
 
 def test_it_shows_functions_that_are_held_out(demonstrated):

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 import refqlora as rq
 from refqlora import adapters
 from refqlora.commands import finetune as module
-from refqlora.commands.finetune import finetune, read_dataset
+from refqlora.commands.finetune import finetune
 from refqlora.files.reading import read_json
 from refqlora.text.chat import load_chat_template
+from refqlora.text.data_files import read_dataset
 from refqlora.text.tokenizer import load_tokenizer
 from refqlora.training import evaluate
 
@@ -232,7 +233,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* found 5"),
-        ({"held_out": 1.0}, "the held-out fraction must be between 0 and 1, not 1.0"),
+        ({"held_out": 1.0}, "the held-out fraction: expected 0 or more and less than 1, got 1.0"),
     ],
 )
 def test_nothing_is_begun_with_what_cannot_be_used(options, message, pairs, base, tmp_path):

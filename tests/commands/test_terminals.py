@@ -38,7 +38,7 @@ LINES = [
     "refqlora info",
     "refqlora parity --recorded --only codebooks --only packing",
     "refqlora inspect {model}",
-    "refqlora generate --model {model} --prompt sacks --max-new-tokens 50",
+    "refqlora generate --model {model} --no-quantize --prompt sacks --max-new-tokens 50",
 ]
 
 

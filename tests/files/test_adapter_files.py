@@ -160,7 +160,6 @@ ADAPTER_FAULTS = {
                 "pissa_niter_16",
                 ": 'pissa_niter_16': what this adapter sits on was drawn",
             ),
-            ("use_xlora", True, " is not known: it might change the numbers"),
         ]
     },
     **{
@@ -173,6 +172,10 @@ ADAPTER_FAULTS = {
         )
         for init in ("loftq", "corda", "lora_ga", "PiSSA", "svd")
     },
+    "an unknown key": (
+        change_config(use_xlora=True),
+        ["adapter_config.json: 'use_xlora' is not known: it might change the numbers"],
+    ),
     "no target": (change_config(target_modules=[]), ["adapter: targets: expected one of down_proj, ", "got none"]),
     "no target that is there": (
         change_config(target_modules=["query", "value"]),
@@ -200,11 +203,11 @@ ADAPTER_FAULTS = {
     ),
     "on the output head": (
         change_adapter({"base_model.model.lm_head.lora_A.weight": np.zeros((5, 20), "f4")}),
-        ["adapter_model.safetensors: base_model.model.lm_head.lora_A.weight is an adapter on the output head"],
+        ["adapter_model.safetensors: 'base_model.model.lm_head.lora_A.weight' is on the output head"],
     ),
     "on an embedding": (
         change_adapter({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((5, 20), "f4")}),
-        ["embed_tokens.lora_embedding_A is an adapter on an embedding"],
+        ["embed_tokens.lora_embedding_A' is on an embedding"],
     ),
     "a llama.cpp adapter": (
         lambda d: [(d / "mine.gguf").touch(), *(file.unlink() for file in d.glob("adapter*"))],
@@ -213,7 +216,7 @@ ADAPTER_FAULTS = {
     "DoRA without magnitudes": (change_config(use_dora=True), ["q_proj.lora_magnitude_vector (48,) is missing"]),
     "magnitudes without DoRA": (
         change_adapter({"base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector": np.ones(20, "f4")}),
-        ["down_proj.lora_magnitude_vector is not a LoRA matrix"],
+        ["down_proj.lora_magnitude_vector' is not a LoRA matrix"],
     ),
     "another rank by a pattern": (
         change_config(rank_pattern={"q_proj": 3}),
@@ -243,7 +246,7 @@ ADAPTER_FAULTS = {
     ),
     "no prefix": (
         rename_keys("base_model.model.", ""),
-        ["adapter_model.safetensors: model.layers.0", "is not a LoRA matrix (base_model.model."],
+        ["adapter_model.safetensors: 'model.layers.0", "is not a LoRA matrix (base_model.model."],
     ),
     "half a prefix": (
         rename_keys("base_model.model.", "base_model."),
@@ -252,13 +255,13 @@ ADAPTER_FAULTS = {
     "adapter's name in the keys": (
         rename_keys(".weight", ".default.weight"),
         [
-            "adapter_model.safetensors: base_model.model.model.layers.0",
-            ".default.weight is not a LoRA matrix",
+            "adapter_model.safetensors: 'base_model.model.model.layers.0",
+            ".default.weight' is not a LoRA matrix",
         ],
     ),
     "not LoRA": (
         change_adapter({"base_model.model.lm_head.weight": np.zeros((37, 20), np.float32)}),
-        ["adapter_model.safetensors: base_model.model.lm_head.weight is not a LoRA matrix"],
+        ["adapter_model.safetensors: 'base_model.model.lm_head.weight' is not a LoRA matrix"],
     ),
     "another rank": (
         change_config(r=4),
