@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from .inspection import inspect
-from .inspection_tables import tables
-from .options import console, report
+from .inspection_tables import LONGEST, tables
+from .options import console, report, show
 
 MORE = (
     "PATH is a .safetensors file, the directory of a model, an adapter or a run, or a model's id on the Hugging Face "
@@ -34,6 +34,6 @@ def run(a: argparse.Namespace) -> None:
     facts = inspect(a.path, error=not a.no_error, progress=progress)
     if not a.json:
         out = console(a)
-        for table in tables(facts):
-            out.print(table, highlight=False)
+        for table in tables(facts, LONGEST if out.is_terminal else None):
+            show(out, table)
     report(a, facts)

@@ -12,19 +12,22 @@ from rich.text import Text
 
 from ..checks import cut
 
-LONGEST = 20  # rows of a table that is sorted by how bad they are; --json has all
+LONGEST = 20  # rows, on a terminal, of a table that is sorted by how bad they are
 
 _IDENTITY = ("steps", "batch_size", "lr", "schedule", "weight_decay", "seed")
 
 
-def tables(facts: dict[str, Any]) -> Iterator[Table | Text]:
-    """The facts of `inspection.inspect`, in the order in which they answer questions."""
+def tables(facts: dict[str, Any], longest: int | None = LONGEST) -> Iterator[Table | Text]:
+    """The facts of `inspection.inspect`, in the order in which they answer questions.
+
+    longest: rows of what is sorted by how bad it is; None: all.
+    """
     if "model" in facts:
-        yield from _model(facts["model"])
+        yield from _model(facts["model"], longest)
     if "tensors" in facts:
-        yield from _tensors(facts["tensors"])
+        yield from _tensors(facts["tensors"], longest)
     if "adapter" in facts:
-        yield from _adapter(facts["adapter"])
+        yield from _adapter(facts["adapter"], longest)
     if "training" in facts:
         yield from _training(facts["training"])
     if "tokenizer" in facts:
@@ -32,24 +35,24 @@ def tables(facts: dict[str, Any]) -> Iterator[Table | Text]:
         yield _pairs("tokenizer", {"type": t["type"], "tokens": t["size"], "of them added": t["added_tokens"]})
     for file in facts.get("files", ()):
         yield Text(cut(file["path"], 300), style="bold")
-        yield from tables(file)
+        yield from tables(file, longest)
 
 
-def _model(model: dict[str, Any]) -> Iterator[Table | Text]:
+def _model(model: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in model["config"].items()}
     yield _pairs("model", {**shown, "parameters": model["parameters"], "bytes": model["stored"]["bytes"]})
     if "not_supported" in model:
         yield Text(f"refqlora does not run it: {model['not_supported']}\n")
-    yield from _weights(model)
+    yield from _weights(model, longest)
 
 
-def _tensors(found: dict[str, Any]) -> Iterator[Table | Text]:
+def _tensors(found: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     metadata = {f"metadata: {key}": value for key, value in found["metadata"].items()}
     yield _pairs("safetensors", {"parameters": found["parameters"], "bytes": found["stored"]["bytes"], **metadata})
-    yield from _weights(found)
+    yield from _weights(found, longest)
 
 
-def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
+def _weights(found: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     groups: dict[tuple, dict[str, int]] = {}
     for row in found["weights"]:
         key = (re.sub(r"\.\d+\.", ".*.", row["name"]), row["dtype"], tuple(row["shape"]))
@@ -85,7 +88,7 @@ def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
     if "quantized" in found:
         yield _quantized(found["quantized"])
     if "nf4_error" in found:
-        yield from _nf4_error(found["nf4_error"])
+        yield from _nf4_error(found["nf4_error"], longest)
 
 
 def _quantized(q: dict[str, Any]) -> Table:
@@ -106,7 +109,7 @@ def _quantized(q: dict[str, Any]) -> Table:
     )
 
 
-def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
+def _nf4_error(rows: Sequence[dict[str, Any]], longest: int | None) -> Iterator[Table | Text]:
     table = _table(
         "what NF4 would cost (double-quantised, blocks of 64), worst first",
         "name",
@@ -115,7 +118,7 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
         "above 6 rms",
         "rms",
     )
-    for row in rows[:LONGEST]:
+    for row in rows[:longest]:
         table.add_row(
             short(row["name"]),
             f"{row['relative_error']:.5f}",
@@ -127,11 +130,11 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
     yield Text(
         "error: root mean square, in units of the weights' own, rms\n"
         "absmax: of the largest block, in the same units\n"
-        "above 6 rms: weights in a million\n" + _more(rows)
+        "above 6 rms: weights in a million\n" + _more(rows, longest)
     )
 
 
-def _adapter(adapter: dict[str, Any]) -> Iterator[Table | Text]:
+def _adapter(adapter: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     config = adapter.get("config", {})
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
     if "base" in adapter:
@@ -153,13 +156,13 @@ def _adapter(adapter: dict[str, Any]) -> Iterator[Table | Text]:
         return
     columns = ["|A|", "|B|", "|s B A|" if scales else "|B A|"] + ["/ |W|"] * relative
     table = _table("matrices, the largest change first", "linear", "rank", "out x in", *columns)
-    for row in rows[:LONGEST]:
+    for row in rows[:longest]:
         cells = [f"{row[key]:.3g}" for key in ("norm_A", "norm_B", "norm_change")]
         if relative:
             cells.append(f"{row['relative_change']:.4f}" if "relative_change" in row else "")
         table.add_row(short(row["linear"]), str(row["rank"]), f"{row['out']} x {row['in']}", *cells)
     yield table
-    yield Text("|.|: the Frobenius norm\n" + _more(rows))
+    yield Text("|.|: the Frobenius norm\n" + _more(rows, longest))
 
 
 def _by_kind(rows: Sequence[dict[str, Any]]) -> Table:
@@ -190,8 +193,9 @@ def short(name: str) -> Text:
     return Text(cut(name.removeprefix("model.").removesuffix(".weight").replace("layers.*.", "*."), 200))
 
 
-def _more(rows: Sequence[Any]) -> str:
-    return f"{len(rows) - LONGEST:,} more with --json\n" if len(rows) > LONGEST else ""
+def _more(rows: Sequence[Any], longest: int | None) -> str:
+    more = len(rows[longest:]) if longest is not None else 0
+    return f"{more:,} more in a pipe, or with --json\n" if more else ""
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Table:

@@ -23,7 +23,7 @@ from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
 from ..quantization_error import Error, quantization_error
-from .options import console, model, report
+from .options import console, model, report, show
 
 
 def quantize_files(
@@ -59,7 +59,7 @@ def quantize_files(
         dtype = bnb.DENSE_DTYPES[dtype] if dtype in tuple(bnb.DENSE_DTYPES) else rows[0].dtype
         write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
     facts = _figures(rows, nbytes, kind, block_size, double_quant)
-    console.print(_table(facts), highlight=False)
+    show(console, _table(facts))
     console.print(f"wrote {out}/", highlight=False, markup=False)
     return facts
 

@@ -284,7 +284,7 @@ BAD = [
     (FINETUNE + "--model broken-config", "broken-config/config.json: not valid JSON"),
     (FINETUNE + "--model listed-config", "listed-config/config.json: expected a JSON object, found list"),
     (FINETUNE + "--model no-config", "no-config/config.json: no such file"),
-    (FINETUNE + "--model mamba", 'mamba/config.json: model_type "mamba" is not supported'),
+    (FINETUNE + "--model mamba", "mamba/config.json: model_type: .mamba. is not supported"),
     (FINETUNE + "--model headless", "headless/config.json: "),
     (FINETUNE + "--model wider", r"wider: model\.\S+ has shape \(.*\), expected \("),
     (FINETUNE + "--model no-weights", "no-weights/model.safetensors: no such file"),
@@ -293,11 +293,14 @@ BAD = [
     (FINETUNE + "--model no-tokenizer", "no-tokenizer/tokenizer.json"),
     (FINETUNE + "--model broken-tokenizer", "broken-tokenizer/tokenizer.json: not a file of the tokenizers library"),
     (FINETUNE + "--model no-end", "no-end: a token must end every text: the model's eos_token_id is None"),
-    (FINETUNE + "--model empty-end", r"empty-end: a token must end every text: .* is \(\)"),
+    (
+        FINETUNE + "--model empty-end",
+        r"empty-end/config.json: eos_token_id: expected a token .*, got \[\]",
+    ),
     (FINETUNE + "--model far-end", "far-end: a token must end every text: .* is 300"),
     (
         FINETUNE + "--model word-end",
-        'word-end/config.json: eos_token_id must be a token or a list of tokens, not "the end"',
+        "word-end/config.json: eos_token_id: expected a token or a list of tokens, got 'the end'",
     ),
     (FINETUNE + "--targets attention", "targets: expected one of down_proj, gate_proj, .*, got 'attention'"),
     (FINETUNE + "--targets q_proj,lm_head", "targets: expected one of down_proj, .*, got 'lm_head'"),
@@ -310,7 +313,7 @@ BAD = [
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (
         FINETUNE + "--alpha-pattern lm_head=2",
-        "alpha_pattern: expected names of linears that have an adapter, got 'lm_head'",
+        "alpha_pattern: expected names of linears .*, got 'lm_head'",
     ),
     (FINETUNE + "--rank 0", "--rank: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
@@ -332,20 +335,20 @@ BAD = [
     (FINETUNE + "--held-out 1.5", "the held-out fraction: expected 0 or more and less than 1, got 1.5"),
     (FINETUNE + "--held-out nan", "the held-out fraction: expected 0 or more and less than 1, got nan"),
     (FINETUNE + "--held-out 0.99", "nothing is left to train on"),
-    (FINETUNE + "--lr nan", "lr: expected a finite number, 0 or more, found nan"),
-    (FINETUNE + "--lr -1", "lr: expected a finite number, 0 or more, found -1.0"),
+    (FINETUNE + "--lr nan", "lr: expected a finite number, 0 or more, got nan"),
+    (FINETUNE + "--lr -1", "lr: expected a finite number, 0 or more, got -1.0"),
     (FINETUNE + "--lr fast", "--lr: invalid float value: 'fast'"),
     (FINETUNE + "--schedule sine", "--schedule: invalid choice: 'sine'"),
-    (FINETUNE + "--warmup 3", r"warmup_steps: expected 0 to total_steps \(2\), found 3"),
+    (FINETUNE + "--warmup 3", r"warmup_steps: expected 0 to total_steps \(2\), got 3"),
     (FINETUNE + "--warmup -1", "--warmup: expected a whole number of 0 or more, got '-1'"),
-    (FINETUNE + "--weight-decay -1", "weight_decay: expected a finite number, 0 or more, found -1.0"),
-    (FINETUNE + "--max-grad-norm nan", "max_grad_norm must be 0 or more, not nan"),
+    (FINETUNE + "--weight-decay -1", "weight_decay: expected a finite number, 0 or more, got -1.0"),
+    (FINETUNE + "--max-grad-norm nan", "max_grad_norm: expected a number of 0 or more, got nan"),
     (FINETUNE + "--batch-size 0", "--batch-size: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--micro-batch-size 0", "--micro-batch-size: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--eval-every -1", "--eval-every: expected a whole number of 0 or more, got '-1'"),
     (FINETUNE + "--seed -1", "--seed: expected a whole number of 0 or more, got '-1'"),
-    (FINETUNE + "--out text.txt", "File exists: 'text.txt'"),
-    (FINETUNE + "--out text.txt/out", "Not a directory: 'text.txt/out'"),
+    (FINETUNE + "--out text.txt", "text.txt: File exists"),
+    (FINETUNE + "--out text.txt/out", "text.txt/out: Not a directory"),
     ("generate --model model", "one of the arguments --prompt --chat is required"),
     ("generate --model missing --prompt sacks", "missing: no such directory"),
     ("generate --model no-tokenizer --prompt sacks", "no-tokenizer/tokenizer.json"),
@@ -361,10 +364,10 @@ BAD = [
     (GENERATE + "--prompt \udcff", "expected text, got half of a surrogate pair"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
     ("demo --steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
-    ("demo --out text.txt", "File exists: 'text.txt'"),
-    ("compare --out text.txt", "File exists: 'text.txt'"),
-    ("pretrain --out text.txt", "File exists: 'text.txt'"),
-    ("pretrain --out out --lr nan", "lr: expected a finite number, 0 or more, found nan"),
+    ("demo --out text.txt", "text.txt: File exists"),
+    ("compare --out text.txt", "text.txt: File exists"),
+    ("pretrain --out text.txt", "text.txt: File exists"),
+    ("pretrain --out out --lr nan", "lr: expected a finite number, 0 or more, got nan"),
 ]
 
 
@@ -383,7 +386,7 @@ def test_what_is_wrong_is_said_in_one_line(argv, message, place, capsys):
 def test_a_place_that_may_not_be_written_to(place, capsys):
     (place / "shut").mkdir(mode=0o500)
     assert call(*(FINETUNE + "--out shut/out").split()) == 2
-    assert re.fullmatch(r"refqlora finetune: .*Permission denied: 'shut/out'\n", capsys.readouterr().err)
+    assert re.fullmatch(r"refqlora finetune: .*shut/out: Permission denied\n", capsys.readouterr().err)
 
 
 def test_a_place_that_may_not_be_written_to_for_anyone(place, capsys, monkeypatch):
@@ -395,7 +398,7 @@ def test_a_place_that_may_not_be_written_to_for_anyone(place, capsys, monkeypatc
     monkeypatch.setattr(Path, "mkdir", refuse)
     for argv in (FINETUNE, "demo --out out", "compare --out out", "pretrain --out out"):
         assert call(*argv.split()) == 2
-        assert re.fullmatch(r"refqlora \w+: \[Errno 13\] Permission denied: 'out'\n", capsys.readouterr().err)
+        assert re.fullmatch(r"refqlora \w+: out: Permission denied\n", capsys.readouterr().err)
 
 
 def test_a_run_that_diverges_is_told_and_nothing_else(place, capsys, recwarn):

@@ -265,10 +265,19 @@ def test_the_worst_come_first_and_the_rest_are_counted():
     facts = inspect(rq.BUNDLED)
     rows = facts["model"]["nf4_error"]
     text = shown(facts)
-    assert f"{len(rows) - LONGEST} more with --json" in text
+    assert f"{len(rows) - LONGEST} more in a pipe, or with --json" in text
     names = [row["name"].removeprefix("model.").removesuffix(".weight") for row in rows]
     assert text.index(names[0]) < text.index(names[1]) < text.index(names[LONGEST - 1])
     assert f"{names[LONGEST]} " not in text
+
+
+def test_in_a_pipe_a_table_has_all_its_rows(capsys):
+    rows = inspect(rq.BUNDLED)["model"]["nf4_error"]
+    assert len(rows) > LONGEST
+    assert main(["inspect", str(rq.BUNDLED)]) == 0
+    out = capsys.readouterr().out
+    assert all(row["name"].removeprefix("model.").removesuffix(".weight") in out for row in rows)
+    assert " more in a pipe" not in out
 
 
 def test_the_command_prints_tables_or_json(quantized, capsys):
