@@ -10,16 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+from mutators import VALUES
 from refusals import OUT, Case
 
 import refqlora as rq
 from refqlora.lora import LoRA
-
-NUMBERS = [0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.0, 0.5, -1.0, 1e-320, 1e-300, 1e300, -1e300]
-PATTERNS = ["(((.*)*)*)*!", "(" * 5000 + ")" * 5000, "[", "(?P<x>", "q_proj|(", ".{99999999999999}", "(a|a)*b" * 20]
-TEXTS = ["", " ", "x", "0", "nan", "true", "nf4", "llama", "float16", "\0", "é\u202e\n🐟", "x" * 20_000, "../x"]
-TEXTS += PATTERNS
-VALUES = [None, True, False, *NUMBERS, float("nan"), float("inf"), *TEXTS, [], [None], [[]], {}, {"": None}, {"x": 1}]
 
 W = np.random.default_rng(0).standard_normal((6, 64), np.float32)
 TOKENS = np.arange(10).reshape(2, 5)
@@ -87,6 +82,8 @@ def odd(rng: random.Random, value: object) -> object:
             cast, other, value.T, value[::-1], value[:0], value[:1], value[None], value.reshape(-1), value.tolist(),
             value.reshape(-1)[0], np.asfortranarray(value), np.ma.array(value), value.view(np.memmap),
         ])  # fmt: skip
+    if isinstance(value, int | float) and rng.random() < 0.3:
+        return rng.choice([value + 1, value * 2, float(value), np.float32(value), np.int64(value), str(value)])
     return rng.choice([
         *VALUES, b"nf4", (), (1, 2), (1, "x"), 1j, object(), int, np.float32(1), np.int64(2), np.bool_(True),
         len, np.float16, np.complex64, np.dtype("U3"), np.zeros(0), np.zeros((2, 3)), np.array(None), np.array("x"),
