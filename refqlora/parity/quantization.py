@@ -105,7 +105,8 @@ def observe_rows(seed: int, size: int) -> Observed:
 
 def observe_8bit(seed: int, size: int) -> Observed:
     """Constants quantised a second time: as bitsandbytes does on a CPU, with its offset."""
-    rng, observed = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    observed: Observed = {}
     for name, absmax in constants(rng, max(1000, size // 64)).items():
         observed |= quantise_8bit(name, absmax)
     return observed
@@ -267,9 +268,10 @@ def nearest_constants(x: np.ndarray, nested_absmax: np.ndarray) -> np.ndarray:
     return codes
 
 
-TORCHAO = np.float32(
+TORCHAO = np.array(
     [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
-    + [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1]
+    + [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1],
+    np.float32,
 )  # fmt: skip
 
 
