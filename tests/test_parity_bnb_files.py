@@ -25,6 +25,7 @@ from refqlora.codebooks import DYNAMIC
 from refqlora.files import read_tensors, write_tensors
 from refqlora.quantize_files import quantize_files
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SIZES = {
     "vocab_size": 37,
     "hidden_size": 192,
