@@ -159,7 +159,6 @@ class Model:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
         (bytes, or text such as "500MB") and their index. Dense weights are written in `dtype`, quantised ones as
         bitsandbytes writes them (ValueError for a codebook that it does not have)."""
-        dtype = as_dtype("dtype", dtype, QUANTIZABLE)
         pretrained.save(as_path("path", path), self.config, self.params, dtype, max_shard_size)
 
     def quantize(self, kind: str = "nf4", **options: Any) -> None:

@@ -42,7 +42,11 @@ def test_a_rule(rule, good, bad, said):
         (partial(checks.as_dtype, dtypes=(np.float32, "f8")), None, "expected one of float32, float64, got None"),
         (partial(checks.check_array, kinds="f"), [1.0], "expected floats, got [1.0]"),
         (partial(checks.check_array, kinds="f"), np.float16, "expected floats, got <class 'numpy.float16'>"),
-        (partial(checks.check_array, kinds="f"), np.ma.ones(3), "expected floats, got MaskedArray of float64 of shape (3,)"),
+        (
+            partial(checks.check_array, kinds="f"),
+            np.ma.ones(3),
+            "expected floats, got MaskedArray of float64 of shape (3,)",
+        ),
         (partial(checks.check_array, kinds="iu"), np.ones(3), "expected integers, got float64 of shape (3,)"),
         (
             partial(checks.check_array, kinds="f", shape=(3,)),

@@ -629,4 +629,4 @@ def test_a_dtype_that_weights_cannot_have_is_refused(dtype, saved):
         lambda path: rq.Model.from_pretrained(path, dtype=dtype),
         lambda path: new_model().save_pretrained(path, dtype),
     ):
-        assert complaint(call, saved).startswith("dtype: expected one of float16, bfloat16, float32, float64, got ")
+        assert complaint(call, saved).startswith("dtype: expected one of ")
