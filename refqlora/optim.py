@@ -279,7 +279,7 @@ def _sum_of_squares(g: Array) -> float:
 
 
 def not_finite(what: str, x: Array) -> str | None:
-    """"WHAT: 1 of 160 values are NaN or infinite" if there is one in x; else None."""
+    """What to say of x, such as "WHAT: 1 of 160 values are NaN or infinite", or None if all are finite."""
     bad = x.size - int(array_module(x).isfinite(x).sum())
     return f"{what}: {bad} of {x.size} values are NaN or infinite" if bad else None
 

@@ -21,7 +21,7 @@ import numpy as np
 from .backend import Array, array_module
 from .config import check_shapes
 from .files.reading import read_metadata, read_tensors
-from .files.writing import locked, write_bytes, write_tensors
+from .files.writing import locked, naming, write_bytes, write_tensors
 from .optim import AdamW, check_like, not_finite
 from .quantization import QuantizedTensor
 
@@ -48,7 +48,8 @@ class Run:
         """Write the row, which is the last of `rows`, and with `save` the checkpoint."""
         with uninterrupted():
             if self.out is not None:
-                with open(self.out / METRICS, "a", encoding="utf-8") as file:
+                path = self.out / METRICS
+                with naming(path), open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             if save:
                 self.save()
@@ -157,7 +158,8 @@ def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tu
     for key in expected:
         there, here = found.get(key), expected[key]
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from ((f"{key}'s {name}", x, y) for name, x, y in _differences(there, here | dict.fromkeys(there.keys() - here)))
+            inner = _differences(there, here | dict.fromkeys(there.keys() - here))
+            yield from ((f"{key}'s {name}", x, y) for name, x, y in inner)
         elif there != here:
             yield key, there, here
 
@@ -191,18 +193,16 @@ def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str
     frozen weights and of the data.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("recompute", "eval_every", "checkpoint_every")}
-    adapter = None if model.active is None else asdict(model.adapters[model.active].config)
+    active = None if model.active is None else model.adapters[model.active]
     frozen = 0
-    if adapter is not None:
-        weights = model.params | model.adapters[model.active].residual
-        for name in sorted(weights):
-            param = weights[name]
+    if active is not None:
+        for _, param in sorted((model.params | active.residual).items()):
             for x in (param.packed, param.constants()) if isinstance(param, QuantizedTensor) else (param,):
-                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
+                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data, frozen)
     found = {
         **settings,
         "model": asdict(model.config),
-        "adapter": adapter,
+        "adapter": None if active is None else asdict(active.config),
         "the weights' checksum": frozen,
         "the data's checksum": dataset.checksum,
     }

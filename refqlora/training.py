@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .backend import Array
 from .functional import IGNORE, cross_entropy
-from .model import Model
-from .optim import AdamW, check_number, check_options, clip_by_global_norm, is_number, learning_rate
+from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
+
+if TYPE_CHECKING:
+    from .model import Model
 
 Row = dict[str, Any]  # what a step has measured
 
@@ -132,7 +134,8 @@ def loss_and_gradients(
     gradient of the whole batch, also where micro-batches count different numbers of tokens.
     """
     count = int((labels != IGNORE).sum())
-    loss, grads = 0.0, {}
+    loss = 0.0
+    grads: dict[str, Array] = {}
     size = micro_batch_size or len(tokens)
     for start in range(0, len(tokens), size):
         logits, cache = model.forward(tokens[start : start + size], rng=rng, recompute=recompute)
@@ -145,6 +148,7 @@ def loss_and_gradients(
                 grads[name] += g
             else:
                 grads[name] = g
+        del cache, dlogits, dparams, g  # their memory serves the next micro-batch
     return loss, grads
 
 
@@ -175,9 +179,9 @@ def train(
     run = Run(params, optimizer, identity(model, dataset, config) if out is not None else {}, out)
 
     def measure(row: Row) -> None:
-        due = held_out is not None and config.eval_every and row["step"] % config.eval_every == 0
-        if due and "held_out_loss" not in row:
-            row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
+        if held_out is None or not config.eval_every or row["step"] % config.eval_every or "held_out_loss" in row:
+            return
+        row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
 
     with recorded(run, resume):
         for row in run.rows[-1:]:
@@ -203,7 +207,8 @@ def train(
                 measure(row)
                 run.record(row, save=(step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)
             except FloatingPointError as error:
-                raise FloatingPointError(f"step {step + 1}, learning rate {lr:g}: {optimizer.fault() or error}") from None
+                fault = optimizer.fault() or error  # what came first
+                raise FloatingPointError(f"step {step + 1}, learning rate {lr:g}: {fault}") from None
             if on_step is not None:
                 on_step(row)
     _warn_if_diverged(run.rows)

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing where it is unwanted."""
+"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing with --json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SILENCE = 30  # seconds without a line in a pipe, at the most
 SHARE = 0.05  # of the steps: a line in a pipe after each
 SLOW = 4  # times as long as the first steps took: something else wants the processors
 BUSY = (
-    "a step now takes {:.0f} times as long as the first ones did. Where another process is busy, the threads of the BLAS "
-    "wait for one another: OPENBLAS_NUM_THREADS=1 before the command is often faster then"
+    "a step now takes {:.0f} times as long as the first ones did. If another process is busy, too, the threads "
+    "of the BLAS wait for one another, and OPENBLAS_NUM_THREADS=1 in the environment is often faster"
 )
 
 
@@ -33,7 +33,8 @@ def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[
         yield lambda _: None
         return
     meter = Meter(total)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+    words = TextColumn("{task.fields[words]}")
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), words)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, words="")
 

@@ -383,7 +383,10 @@ def one_letter_more():
         (lambda: {"batch_size": 4}, "batch_size was 3"),
         (lambda: {"micro_batch_size": 1}, "micro_batch_size was None"),
         (lambda: {"model": new_model(quantize=True, adapter={"rank": 5})}, "adapter's rank was 4 there and is 5 here"),
-        (lambda: {"model": new_model(quantize=True, adapter={"dropout": 0.5})}, "adapter's dropout was 0.0 there and is 0.5"),
+        (
+            lambda: {"model": new_model(quantize=True, adapter={"dropout": 0.5})},
+            "adapter's dropout was 0.0 there and is 0.5",
+        ),
         (lambda: {"model": new_model(quantize=True, eps=1e-5)}, "model's eps was 1e-06 there and is 1e-05"),
         (lambda: {"model": new_model(adapter=False)}, "adapter was {.* there and is None here"),
         (lambda: {"model": new_model()}, "the weights' checksum was"),

@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
         return grads
 
     monkeypatch.setattr(rq.Model, "backward", broken)
-    with pytest.raises(FloatingPointError, match=f"step 1, learning rate 0.01: gradient of {name}: 1 of 160 values are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=f"step 1, learning rate 0.01: gradient of {name}: 1 of 160 values"):
         run(new_model(), 2)
 
 
