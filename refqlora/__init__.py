@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .text.generation import complete, generate
     from .training import TrainingConfig, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BUNDLED",
     "NF4",

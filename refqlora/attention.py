@@ -31,8 +31,8 @@ def attention_forward(
         p = exp(scores - logsumexp(scores))             # rows sum to 1
         y = p @ v                                       # (T, h)
 
-    Of p, only each row's logsumexp is kept; the backward makes p again from it (Dao et al. 2022, algorithm 4), so
-    that what is stored grows with T and not with T^2.
+    Of p only the logsumexp of each row is kept, from which the backward computes p again (Dao et al. 2022,
+    algorithm 4): what is stored grows with T and not with T^2.
     """
     xp = array_module(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -55,10 +55,15 @@ def attention_forward(
 
 
 def attention_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
-    """dy (B, T, H, h) -> dq (B, T, H, h), dk (B, S, K, h), dv (B, S, K, h).
+    """dy (B, T, H, h) -> dq (B, T, H, h), dk (B, S, K, h), dv (B, S, K, h). A tile at a time, and from the last line
+    of the forward to the first:
 
-    With P the weights: dV = P^T dY; dP = dY V^T; softmax gives dS = P * (dP - rowsum(dP * P)), where the row sum
-    equals rowsum(dY * Y); then dQ = dS K * scale and dK = dS^T Q * scale. Heads of a group add up in dK and dV.
+        y = p @ v                   dv = p^T dy, dp = dy v^T
+        p = softmax(scores)         dscores = p * (dp - rowsum(dp * p)), and that row sum equals rowsum(dy * y)
+        softcap                     dscores *= 1 - tanh(...)^2
+        scores = q @ k^T * scale    dq = dscores k * scale, dk = dscores^T q * scale
+
+    The query heads of a group add up in dk and dv.
     """
     q, k, v, y, logsumexp, scale, window, softcap = cache
     xp = array_module(dy)
@@ -73,21 +78,21 @@ def attention_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
             p, cap = softcap_forward(p, softcap)
         _mask(p, t, window)
         p -= lse
-        xp.exp(p, out=p)  # (K, G*t, s)
-        dv[b, cols] += (p.swapaxes(1, 2) @ dyt).swapaxes(0, 1)
-        ds = dyt @ vt.swapaxes(1, 2)
-        ds -= (dyt * yt).sum(axis=-1, keepdims=True)
+        xp.exp(p, out=p)  # (K, G*t, s): p again, as in the forward
+        dv[b, cols] += (p.swapaxes(1, 2) @ dyt).swapaxes(0, 1)  # y = p @ v
+        ds = dyt @ vt.swapaxes(1, 2)  # y = p @ v: this is dp
+        ds -= (dyt * yt).sum(axis=-1, keepdims=True)  # p = softmax(scores)
         ds *= p
         if softcap is not None:
-            ds = softcap_backward(ds, cap)
+            ds = softcap_backward(ds, cap)  # scores = softcap * tanh(scores / softcap)
         ds *= scale
-        dq[b, rows] = _unfold(ds @ kt, t)
+        dq[b, rows] = _unfold(ds @ kt, t)  # scores = q @ k^T * scale
         dk[b, cols] += (ds.swapaxes(1, 2) @ qt).swapaxes(0, 1)
     return dq, dk, dv
 
 
 def _tiles(q_shape: tuple, k_shape: tuple, window: int | None) -> Iterator[tuple[int, slice, slice]]:
-    """(batch element, its query rows, the keys that any of those rows sees), tile after tile."""
+    """Tile after tile: the batch element, its query rows, and the keys that any of those rows sees."""
     batch, time, source = q_shape[0], q_shape[1], k_shape[1]
     for b in range(batch):
         for start in range(0, time, TILE):

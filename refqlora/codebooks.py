@@ -1,4 +1,4 @@
-"""Codebooks: the few values that a code may stand for, derived, float32 and read-only; and which is nearest.
+"""Codebooks: the values that codes stand for, derived from their definitions, and the one nearest to a number.
 
 A codebook of 2^b values serves b-bit codes: code i stands for codebook[i] times the block's absmax.
 """
@@ -15,7 +15,7 @@ from .backend import Array, array_module
 
 
 def _codebook(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Derive once per argument, and let nobody write into what all share."""
+    """A codebook is derived once for each argument, as a read-only float32 array that all share."""
 
     @functools.cache
     @functools.wraps(derive)
@@ -33,10 +33,9 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     The step is rounded to float32, each half is counted from its own end, and step * i is added without a
     rounding in between (float64 holds the product exactly). numpy.linspace differs in the last bits.
     """
-    start, stop = np.float32(start), np.float32(stop)
-    step = np.float64((stop - start) / np.float32(n - 1))
-    i = np.arange(n)
-    return np.where(i < n // 2, start + step * i, stop - step * (n - 1 - i)).astype(np.float32)
+    a, b, i = np.float32(start), np.float32(stop), np.arange(n)
+    step = np.float64((b - a) / np.float32(n - 1))
+    return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(np.float32)
 
 
 @_codebook
@@ -50,10 +49,10 @@ def normal_float(bits: int = 4) -> np.ndarray:
 
         p = 1 - (1 / (2 * 2^bits) + 1 / (2 * (2^bits - 1))) / 2        to seven decimals.
 
-    So does bitsandbytes' create_normal_map for 4 bits, with 0.9677083 as a literal: equal bit for bit. The
-    decimals matter, since p unrounded is another float32 and moves 12 of the 16 values. Other widths are our
-    generalisation. QLoRA (arXiv 2305.14314) asks for the asymmetric type in section 3; its equation 4, taken
-    literally, is infinite at the ends.
+    For 4 bits it equals bitsandbytes' create_normal_map bit for bit, where p is the literal 0.9677083. The decimals
+    matter: p unrounded is another float32, which moves 12 of the 16 values. Other widths are our generalisation.
+    QLoRA (arXiv 2305.14314) describes the type in section 3; its equation 4, taken literally, is infinite at the
+    ends.
 
     Raises ValueError unless bits is 2 to 8.
     """
@@ -101,7 +100,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
     Dettmers (arXiv 1511.04561; 8-bit optimisers, arXiv 2110.02861). Equal to bitsandbytes'
     create_dynamic_map bit for bit.
     """
-    values = [np.float32([0, 1])]
+    values = [np.array([0, 1], np.float32)]
     for i in range(7):
         edges = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         part = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))

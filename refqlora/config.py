@@ -112,10 +112,10 @@ class Config:
     def rope_regime(self, length: int) -> int:
         """What RoPE's frequencies depend on in a text of `length` tokens: keys turned in one regime are of no use in
         another."""
-        kind = (self.rope_scaling or {}).get("rope_type")
-        if kind == "dynamic":
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") == "dynamic":
             return max(length, self.max_positions)
-        return int(kind == "longrope" and length > self.rope_scaling["original_max_position_embeddings"])
+        return int(scaling.get("rope_type") == "longrope" and length > scaling["original_max_position_embeddings"])
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, itself included; None: all before it."""
@@ -173,8 +173,8 @@ class Config:
                 shapes[layer + name + ".weight"] = (n, inputs)
                 if bias:
                     shapes[layer + name + ".bias"] = (n,)
-        norms = [(f"{a.layers}{i}.{name}", n) for i in range(self.layers) for name, n in sizes.items()]
-        for name, n in (*norms, (a.final_norm, d)):
+        each = [(f"{a.layers}{i}.{name}", n) for i in range(self.layers) for name, n in sizes.items()]
+        for name, n in (*each, (a.final_norm, d)):
             shapes[name + ".weight"] = (n,)
             if a.layernorm:
                 shapes[name + ".bias"] = (n,)

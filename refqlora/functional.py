@@ -172,9 +172,10 @@ def geglu_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
     dgate = _gelu_slope(gate, share)
     dgate *= up
     dgate *= dy
-    share *= gate
-    share *= dy
-    return dgate, share
+    dup = share
+    dup *= gate
+    dup *= dy
+    return dgate, dup
 
 
 def _gelu_share(x: Array) -> Array:
@@ -237,18 +238,13 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     Raises ValueError for shapes that do not match, a label outside the vocabulary, or no label that counts.
     """
     xp = array_module(logits)
+    labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+    counted = _check_labels(logits, labels)
     vocabulary = logits.shape[-1]
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels have shape {labels.shape}, logits {logits.shape}: expected {logits.shape[:-1]}")
-    counted = labels != IGNORE
-    bad = counted & ((labels < 0) | (labels >= vocabulary))
-    if bad.any():
-        at = tuple(int(i[0]) for i in xp.nonzero(bad))
-        raise ValueError(f"label {int(labels[at])} at {at} is neither -100 nor a token below {vocabulary}")
     if denominator is None:
         denominator = int(counted.sum())
     if not denominator > 0:
-        raise ValueError("no label counts: every one is -100, so there is nothing to learn from")
+        raise ValueError("labels: no label counts: every one is -100, so there is nothing to learn from")
 
     dlogits = xp.zeros(logits.shape, logits.dtype)  # contiguous, so that dflat is a view of it
     flat, dflat = logits.reshape(-1, vocabulary), dlogits.reshape(-1, vocabulary)
@@ -269,3 +265,17 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
         p[i, label] -= 1 / denominator
         dflat[row] = p
     return loss / denominator, dlogits
+
+
+def _check_labels(logits: Array, labels: Array) -> Array:
+    """Which labels count, (...) bool. Raises ValueError for what `cross_entropy` cannot take."""
+    vocabulary = logits.shape[-1]
+    if labels.dtype.kind not in "iu" or labels.shape != logits.shape[:-1]:
+        found = f"got {labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"labels: expected integers of shape {logits.shape[:-1]}, as the logits have, {found}")
+    counted = labels != IGNORE
+    bad = counted & ((labels < 0) | (labels >= vocabulary))
+    if bad.any():
+        at = tuple(int(i[0]) for i in array_module(logits).nonzero(bad))
+        raise ValueError(f"labels: expected -100 or a token below {vocabulary}, got {int(labels[at])} at {at}")
+    return counted

@@ -25,9 +25,10 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Store k, v (B, T, K, h) of the new positions; -> all keys and values so far, (B, S, K, h) each.
+        """Store k, v (B, T, K, h) of the new positions -> all keys and values so far, (B, S, K, h) each.
 
-        `length` stays: the model moves it on when every layer has stored its own. Raises ValueError beyond `capacity`.
+        `length` stays as it is until every layer has stored its own: then the decoder sets it. Raises ValueError beyond
+        `capacity`.
         """
         stop = self.length + k.shape[1]
         if stop > self.capacity:

@@ -1,7 +1,7 @@
 """The output head, logits = x W^T, tile by tile: W has a row for every token, and is often held in 16 bits.
 
-Cast whole, the head of a vocabulary of 128,256 would take a gigabyte in float32 at every step. The tiles are the same
-for a W that needs no cast, as a BLAS may round a product's last bit one way or another by its shape.
+Cast as a whole, the head of a vocabulary of 128,256 would take a gigabyte in float32 at every step. A W that needs no
+cast goes through the same tiles, as the last bit of a product may depend on its shape.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The linear layer with a low-rank adapter: y = x W^T + s (x A^T) B^T, W frozen or trained, dense or quantised.
 
-LoRA (Hu et al. 2021, section 4.1): W (out, in) stays as it is; A (r, in) and B (out, r) learn the change s B A.
-A quantised W (QLoRA, Dettmers et al. 2023, eq. 5) is dequantised for each product and let go.
-DoRA (Liu et al. 2024, eq. 5): the rows of W + s B A are brought to the lengths m (out,), which are learnt too.
-Names and orientation are PEFT's.
+    LoRA     W (out, in) stays as it is; A (r, in) and B (out, r) learn its change, s B A (Hu et al. 2021, section 4.1)
+    QLoRA    W is quantised, and dequantised for each product (Dettmers et al. 2023, eq. 5)
+    DoRA     the rows of W + s B A are scaled to lengths m (out,), which are learnt as well (Liu et al. 2024, eq. 5)
+
+s is alpha / r. Names and orientation are PEFT's. minimal.py has the linear in its plainest form.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Weight = Array | QuantizedTensor  # (out, in)
 
 
 class LoRA(NamedTuple):
-    """One linear's adapter, as its forward takes it: A (r, in), B (out, r), the scale s, the dropout's rate; and for
-    DoRA the magnitude m (out,)."""
+    """One linear's adapter: A (r, in), B (out, r), the scale s, the rate of its dropout, and for DoRA the magnitude m
+    (out,)."""
 
     A: Array
     B: Array
@@ -39,10 +40,10 @@ def linear_forward(
     """y = x W^T + bias + s (dropout(x) A^T) B^T. x (..., in) -> y (..., out).
 
     Dropout is on when `rng` is given: each element of the adapter's input is zeroed with probability
-    `lora.dropout` and the rest divided by 1 - dropout; the mask is kept for the backward.
+    `lora.dropout`, and the others are divided by 1 - dropout. The cache keeps the mask.
 
-    DoRA: v = x W^T + s (x A^T) B^T, and y = v m/norm + bias, where norm (out,) holds the lengths of the rows of
-    W + s B A. Under dropout PEFT's way: v is made from dropout(x), and y = x W^T - dropout(x) W^T + v m/norm + bias.
+    DoRA: v = x W^T + s (x A^T) B^T and y = v m/norm + bias, where norm (out,) holds the lengths of the rows of
+    W + s B A. With dropout, as in PEFT: v is of dropout(x), and y = x W^T - dropout(x) W^T + v m/norm + bias.
     """
     xp = array_module(x)
     rows = x.reshape(-1, x.shape[-1])  # (N, in): one matrix product, not B of them
@@ -56,7 +57,7 @@ def linear_forward(
         if lora.magnitude is not None:
             norm = row_norms(w, lora)  # (out,)
             base = y if keep is None else dropped @ w.T  # (N, out)
-        del w  # a dequantised one is not needed any longer
+        del w  # a dequantised W is let go of
         z = dropped @ lora.A.T  # (N, r)
         change = (z * lora.scale) @ lora.B.T  # (N, out)
         if lora.magnitude is None:
@@ -77,34 +78,33 @@ def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tupl
     "lora_magnitude_vector" (out,); "weight" (out, in) and "bias" (out,) only with `train_weight`: for a frozen W
     neither is ever formed.
 
-        y = x W^T + bias             so  dx = dy W,  dW = dy^T x,  dbias = sum of dy's rows
-        z = x A^T, y += s z B^T      so  dB = s dy^T z,  dz = s dy B,  dA = dz^T x,  dx += dz A
-        y += v m/norm - base         so  dm = sum of (dy v)'s rows / norm,  dv = dy m/norm,  dbase = dv - dy
+        y = x W^T + bias                     dx = dy W, dW = dy^T x, dbias = sum of dy's rows
+        z = x A^T, y += s z B^T              dB = s dy^T z, dz = s dy B, dA = dz^T x, dx += dz A
+        y += v m/norm - base, with DoRA      dm = sum of (dy v)'s rows / norm, dv = dy m/norm, dbase = dv - dy
 
-    The norm counts as a constant, as DoRA's paper proposes (section 4.3) and PEFT does.
+    DoRA's norm counts as a constant, as its paper proposes (section 4.3) and PEFT does.
     """
     x, weight, bias, lora, keep, z, dora = cache
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (N, in), (N, out)
-    grads = {}
-    dv = dbase = None
+    grads: dict[str, Array] = {}
+    dv, dbase = drows, None
     if dora is not None:
         v, norm = dora
-        dv = drows * (lora.magnitude / norm)  # (N, out)
-        grads["lora_magnitude_vector"] = (drows * v).sum(axis=0) / norm
+        dv = drows * (lora.magnitude / norm)  # y += v m/norm - base: (N, out)
+        grads["lora_magnitude_vector"] = (drows * v).sum(axis=0) / norm  # (out,)
         if keep is not None:
             dbase = dv - drows
-    through_w = drows if dora is None or keep is not None else dv  # without dropout `base` is x W^T itself
+    through_w = dv if keep is None else drows  # without dropout `base` is x W^T itself
     w = dense(weight, x.dtype)
-    dx = through_w @ w  # (N, in)
-    ddropped = 0 if dbase is None else dbase @ w  # (N, in)
+    dx = through_w @ w  # y = x W^T: (N, in)
+    ddropped = 0 if dbase is None else dbase @ w  # base = dropout(x) W^T: (N, in)
     del w
     if lora is not None:
         dropped = _drop(rows, keep, lora)
-        dv = drows if dora is None else dv
-        dz = (dv @ lora.B) * lora.scale  # (N, r)
-        grads["lora_A.weight"] = dz.T @ dropped
-        grads["lora_B.weight"] = dv.T @ (z * lora.scale)
-        dx += _drop(ddropped + dz @ lora.A, keep, lora)
+        dz = (dv @ lora.B) * lora.scale  # y += s z B^T: (N, r)
+        grads["lora_B.weight"] = dv.T @ (z * lora.scale)  # y += s z B^T
+        grads["lora_A.weight"] = dz.T @ dropped  # z = dropout(x) A^T
+        dx += _drop(ddropped + dz @ lora.A, keep, lora)  # z = dropout(x) A^T
     if train_weight:
         grads["weight"] = through_w.T @ rows
         if dbase is not None:
@@ -129,8 +129,8 @@ def row_norms(w: Array, lora: LoRA) -> Array:
 
 
 def merge(weight: Weight, lora: LoRA) -> Array:
-    """W + s B A, with DoRA its rows brought to the lengths m, as a new array (out, in) of W's dtype (float32 for a
-    quantised W, from its dequantised values). Rounded once, to a 16-bit dtype too."""
+    """W + s B A, with DoRA its rows scaled to the lengths m: a new array (out, in) of W's dtype, or float32 for a
+    quantised W. It is computed in float32 at least, and rounded once."""
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
     w = dense(weight, np.promote_types(dtype, np.float32))
     merged = w + lora.scale * (lora.B @ lora.A)

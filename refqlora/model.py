@@ -14,6 +14,7 @@ from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
 from .decoder import decoder_backward, decoder_forward
 from .files import adapter_files, pretrained
+from .files.hub import model_directory
 from .kv_cache import KVCache
 from .lora import Weight
 from .lora_config import LoraConfig
@@ -29,13 +30,38 @@ class Model:
     """
 
     def __init__(self, config: Config, params: dict[str, Weight], dtype: Any = None) -> None:
-        """dtype: of all computation (None: the embedding's). 16-bit params are cast to it where they are used."""
+        """dtype: of all computation, float32 or float64 (None: float64 if the embedding is, else float32); params of
+        another dtype are cast to it where they are used. Raises ValueError for another dtype, and for params that are
+        not those of `config.shapes()`."""
+        check_shapes(params, config.shapes(), "the model")
         self.config = config
         self.params = params
-        self.dtype = np.dtype(dtype or params[config.architecture.embedding + ".weight"].dtype)
+        held = params[config.architecture.embedding + ".weight"].dtype
+        self.dtype = np.dtype(dtype or (np.float64 if held == np.float64 else np.float32))
+        if self.dtype not in (np.float32, np.float64):
+            raise ValueError(f"dtype: expected float32 or float64, got {self.dtype}")
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
-        check_shapes(params, config.shapes(), "the model")
+        self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
+
+    def __repr__(self) -> str:
+        config, linears = self.config, [self.params[name + ".weight"] for name in self.config.linears()]
+        quantized = [w for w in linears if isinstance(w, QuantizedTensor)]
+        size = sum(p.nbytes for p in self.params.values())
+        lines = [
+            f"Model of {self.n_parameters:,} parameters in {size:,} bytes: {config.model_type}, {config.layers} layers "
+            f"of width {config.hidden_size}, {config.vocab_size:,} tokens",
+            f"  {len(linears)} linears, {len(quantized)} of them quantised; computed in {self.dtype}",
+        ]
+        lines += [
+            f"  {'*' if name == self.active else ' '} {name!r}: {adapter!r}" for name, adapter in self.adapters.items()
+        ]
+        return "\n".join(lines)
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the base has."""
+        return sum(p.size for p in self.params.values())
 
     # ---- in and out ----
 
@@ -69,7 +95,10 @@ class Model:
         The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        return cls(*pretrained.load(path, quantize, dtype), dtype)
+        directory = model_directory(path)
+        model = cls(*pretrained.load(directory, quantize, dtype), dtype)
+        model.directory = directory
+        return model
 
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`

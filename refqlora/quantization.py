@@ -1,15 +1,15 @@
 """Blockwise absmax quantisation, packing to 4 bits, and double quantisation (QLoRA, arXiv 2305.14314).
 
-The whole of it, for a float32 tensor x whose size is a multiple of the block size:
+For a float32 tensor x whose size is a multiple of the block size, it is these lines (minimal.py has them all):
 
     rows = x.reshape(-1, block_size)                   # blocks run over the flat tensor and may span its rows
     absmax = abs(rows).max(axis=1)                     # one float32 constant a block
-    codes = nearest(rows * (1 / absmax[:, None]))      # the index of the nearest value: see codebooks.nearest
+    codes = nearest(rows * (1 / absmax[:, None]))      # the index of the nearest value: codebooks.nearest
     packed = codes[0::2] << 4 | codes[1::2]            # two codes a byte, the first in the high nibble
     back = codebook[codes] * absmax[:, None]
 
 Double quantisation stores absmax itself in 8 bits: less its mean, in blocks of 256, with the dynamic map.
-Below, the same is done by tables, in pieces that fit the cache. The result is that of bitsandbytes on a CPU,
+This file does the same with tables, in pieces that fit the cache. The result equals that of bitsandbytes on a CPU,
 bit for bit.
 """
 
@@ -19,16 +19,17 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .codebooks import DYNAMIC, NF4, nearest
+from .codebooks import CODEBOOKS, DYNAMIC, nearest
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # block size of the second level
-DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+QUANTIZABLE = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 TINY = np.float32(1e-38)  # the least divisor, as in bitsandbytes: its reciprocal is finite
 
 CHUNK = 1 << 17  # elements worked on at a time on a CPU: temporaries of 512 KiB stay in the L2 cache
@@ -98,10 +99,15 @@ class QuantizedTensor:
             return self.absmax
         return dequantize_blockwise(self.absmax, self.nested_absmax, self.nested_codebook, NESTED_BLOCK) + self.offset
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """`np.asarray(q)` is what `dequantize` gives."""
+        return dequantize(self, dtype or np.float32)
+
     def __repr__(self) -> str:
+        kind = next((name for name, book in CODEBOOKS.items() if np.array_equal(book, self.codebook)), "own codebook")
         nested = "" if self.nested_absmax is None else ", double-quantised"
-        bits = f"{self.bits_per_param:.4g} bits a parameter"
-        return f"QuantizedTensor({self.shape}, {self.dtype}, blocks of {self.block_size}{nested}, {bits})"
+        size = f"{self.nbytes:,} bytes, {self.bits_per_param:.5g} bits a parameter"
+        return f"QuantizedTensor({self.shape} in {kind}, blocks of {self.block_size}{nested}; {size})"
 
 
 def quantized_nbytes(size: int, block_size: int = 64, double_quant: bool = True) -> int:
@@ -112,7 +118,7 @@ def quantized_nbytes(size: int, block_size: int = 64, double_quant: bool = True)
 
 def quantize(
     w: Array,
-    codebook: np.ndarray = NF4,
+    codebook: str | np.ndarray = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     *,
@@ -121,8 +127,13 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise w, of any shape, to 4 bits. All arithmetic is in float32.
 
-    w is float16, bfloat16, float32 or float64. The codebook has 16 float32 values, in any order (NF4, FP4,
-    INT4). `double_quant` quantises the constants as well: see `quantize_constants`, for `nested` too.
+    w: float16, bfloat16, float32 or float64. codebook: "nf4", "fp4", "int4", or 16 float32 values in any order.
+    block_size: how many elements share a constant, a power of two from 32 to 4096. double_quant: quantise the
+    constants as well: see `quantize_constants`, also for `nested`. name: what errors call the tensor.
+
+        >>> q = quantize(np.random.default_rng(0).standard_normal((4096, 4096), np.float32))
+        >>> q.packed.shape, q.bits_per_param
+        ((8388608,), 4.126953125)
 
     The details are those of bitsandbytes' quantize_4bit on a CPU. A full block is multiplied by 1 / absmax, a
     last block that is not full is divided by absmax. A divisor below 1e-38 counts as 1e-38: a block of zeros
@@ -132,7 +143,8 @@ def quantize(
 
     Raises ValueError, naming `name`, for another dtype, block size or codebook, and for the first NaN or inf.
     """
-    _check_codebook(codebook, (16, 16), name)
+    w = w if hasattr(w, "dtype") else np.asarray(w)
+    codebook = _codebook(codebook, (16, 16), name)
     packed, absmax = _quantize(w, codebook, block_size, name, pack=True)
     constants = quantize_constants(absmax, nested) if double_quant else (absmax, None, None)
     return QuantizedTensor(packed, constants[0], codebook, w.shape, block_size, w.dtype, *constants[1:])
@@ -160,7 +172,7 @@ def quantize_blockwise(x: Array, codebook: np.ndarray, block_size: int, *, name:
 
     The arithmetic and the errors of `quantize`; one code a byte.
     """
-    _check_codebook(codebook, (2, 256), name)
+    codebook = _codebook(codebook, (2, 256), name)
     codes, absmax = _quantize(x, codebook, block_size, name, pack=False)
     return codes.reshape(x.shape), absmax
 
@@ -172,7 +184,7 @@ def dequantize_blockwise(
 
     Raises ValueError if there is not one absmax a block, or a code is not in the codebook.
     """
-    _check_codebook(codebook, (2, 256), "dequantize_blockwise")
+    codebook = _codebook(codebook, (2, 256), "dequantize_blockwise")
     blocks = _blocks(codes.size, block_size, "dequantize_blockwise")
     if absmax.shape != (blocks,):
         raise ValueError(f"dequantize_blockwise: absmax must have shape ({blocks},), got {absmax.shape}")
@@ -198,7 +210,7 @@ def quantize_constants(
     Raises ValueError for another `nested`.
     """
     if nested not in ("nearest", "bitsandbytes"):
-        raise ValueError(f'nested must be "nearest" or "bitsandbytes", not {nested!r}')
+        raise ValueError(f'nested: expected "nearest" or "bitsandbytes", got {nested!r}')
     if offset is None:
         offset = np.float32(float(absmax.mean(dtype=np.float64)) if absmax.size else 0.0)
     second_level = quantize_blockwise if nested == "nearest" else _binned
@@ -207,8 +219,8 @@ def quantize_constants(
 
 def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: bool) -> tuple[Array, Array]:
     """Codes (n,), or packed (ceil(n / 2),), and absmax (blocks,)."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}; got {x.dtype}")
+    if x.dtype not in QUANTIZABLE:
+        raise ValueError(f"{name}: dtype: expected one of {', '.join(map(str, QUANTIZABLE))}, got {x.dtype}")
     xp = array_module(x)
     flat = xp.ascontiguousarray(x).reshape(-1)
     n = flat.size
@@ -297,16 +309,23 @@ def _pairs(codebook: bytes) -> np.ndarray:
 
 
 def _blocks(size: int, block_size: int, name: str = "") -> int:
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"{name}: block size must be one of {BLOCK_SIZES}, got {block_size!r}")
+    if block_size not in BLOCK_SIZES or not isinstance(block_size, int | np.integer):
+        raise ValueError(f"{name}: block_size: expected one of {BLOCK_SIZES}, got {block_size!r}")
     return -(-size // block_size)
 
 
-def _check_codebook(codebook: np.ndarray, sizes: tuple[int, int], name: str) -> None:
-    if codebook.dtype != np.float32 or codebook.ndim != 1 or not sizes[0] <= codebook.size <= sizes[1]:
-        wanted = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else str(sizes[0])
-        found = f"got {codebook.dtype} of shape {codebook.shape}"
-        raise ValueError(f"{name}: the codebook must hold {wanted} values of float32, {found}")
+def _codebook(codebook: str | np.ndarray, sizes: tuple[int, int], name: str) -> np.ndarray:
+    """The codebook, looked up where it is a name. Raises ValueError unless it has as many float32 values as `sizes`."""
+    if isinstance(codebook, str) and codebook in CODEBOOKS:
+        return CODEBOOKS[codebook]
+    if not isinstance(codebook, np.ndarray):
+        found = repr(codebook)[:40]
+    elif codebook.dtype == np.float32 and codebook.ndim == 1 and sizes[0] <= codebook.size <= sizes[1]:
+        return codebook
+    else:
+        found = f"{codebook.dtype} of shape {codebook.shape}"
+    wanted = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else str(sizes[0])
+    raise ValueError(f"{name}: codebook: expected {', '.join(CODEBOOKS)} or {wanted} values of float32, got {found}")
 
 
 def _refuse(x: Array, name: str) -> None:

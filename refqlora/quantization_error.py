@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from .backend import Array, array_module
 from .quantization import CHUNK, QuantizedTensor, dequantize
 
 
-class Error(NamedTuple):
+@dataclass(frozen=True)
+class Error:
     """Of w' for w: the sums of (w' - w)^2 and of w^2, and the largest |w' - w|. Those of several tensors add up."""
 
     squares: float = 0.0

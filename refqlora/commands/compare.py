@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backend import keep_freed_memory
-from ..files.hub import BUNDLED
 from ..files.writing import write_json
-from ..model import Model
 from ..text import corpus
 from ..text.dataset import Dataset
 from ..text.encoding import pack
-from ..text.tokenizer import load_tokenizer
 from ..training import evaluate, train
-from .demo import docstring_task, measure_step, plain_source, training_config
-from .options import console, count, natural, report
+from .demo import bundled, docstring_task, measure_step, plain_source, training_config
+from .options import console, count, json_option, out_option, report, seed_option, show
 from .progress import progress
 
 RANKS = (1, 2, 4, 8, 16, 64)
@@ -36,13 +33,12 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
     """
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(BUNDLED)
-    config = Model.from_pretrained(BUNDLED).config
-    task, held_out = docstring_task(tokenizer, config.eos_token_id)
-    source = plain_source(tokenizer, config.eos_token_id, config.max_positions)
+    base, tokenizer, eos = bundled()
+    task, held_out = docstring_task(tokenizer, eos)
+    source = plain_source(tokenizer, eos, base.config.max_positions)
     rows = []
     for method, rank in _methods():
-        model = Model.from_pretrained(BUNDLED, quantize="nf4" if method == "QLoRA" else None)
+        model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
         old = evaluate(model, source).loss
         new = evaluate(model, held_out).loss
         if rank is not None:
@@ -65,9 +61,9 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
                 "old_after": evaluate(model, source).loss,
             }
         )
-    console.print(_methods_table(rows, steps))
+    show(console, methods_table(rows, steps))
     modular = modularity(task, held_out, steps, seed, console.quiet)
-    console.print(_modularity_table(modular))
+    show(console, modularity_table(modular))
     facts = {"steps": steps, "seed": seed, "methods": rows, "modularity": modular}
     write_json(out / "compare.json", facts)
     console.print(f"Wrote {out}/compare.json", highlight=False, markup=False)
@@ -88,11 +84,10 @@ def modularity(
 
     -> for each adapter, and for the base alone ("none"), the held-out loss on each domain.
     """
-    tokenizer = load_tokenizer(BUNDLED)
-    model = Model.from_pretrained(BUNDLED, quantize="nf4")
-    c = model.config
-    reference = [pack(corpus.language_reference(h), tokenizer, c.max_positions, c.eos_token_id) for h in (False, True)]
-    domains = {"docstrings": (task, held_out), "language reference": tuple(reference)}
+    model, tokenizer, eos = bundled(quantize="nf4")
+    context = model.config.max_positions
+    text, unseen = (pack(corpus.language_reference(h), tokenizer, context, eos) for h in (False, True))
+    domains = {"docstrings": (task, held_out), "language reference": (text, unseen)}
     for domain, (text, _) in domains.items():
         model.add_adapter(domain, rank=16, alpha=32, seed=seed)
         # A block of prose holds several times the tokens of a docstring: fewer of them make a step.
@@ -106,7 +101,7 @@ def modularity(
     return losses
 
 
-def _methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
+def methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
     table = Table(title=f"{steps} steps on docstrings; losses in nats a token, held out", title_justify="left")
     columns = ("method", "r", "trainable", "bytes*", "s/step", "new task", "change", "old task", "forgotten")
     for column in columns:
@@ -129,7 +124,7 @@ def _methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
     return table
 
 
-def _modularity_table(losses: dict[str, dict[str, float]]) -> Table:
+def modularity_table(losses: dict[str, dict[str, float]]) -> Table:
     table = Table(title="two adapters on one base: held-out loss of each on each domain", title_justify="left")
     table.add_column("adapter")
     for domain in losses["none"]:
@@ -145,10 +140,10 @@ MORE = "Every method from the same base, with the same data, steps and seed. Tak
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--out", type=Path, default=Path("refqlora-demo"), help="directory to write to")
-    options.add_argument("--steps", type=count, default=300, help="training steps of each run")
-    options.add_argument("--seed", type=natural, default=0, help="of everything random")
-    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    out_option(options, "refqlora-demo")
+    options.add_argument("--steps", type=count, metavar="N", default=300, help="training steps of each run")
+    seed_option(options)
+    json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from ..backend import keep_freed_memory
-from ..figures.loss import loss_figure
+from ..figures.loss import held_out_losses, loss_figure
 from ..files.hub import BUNDLED, model_directory
 from ..lora_config import INITS, LoraConfig
 from ..model import Model
@@ -98,7 +98,8 @@ def finetune(
     rows = train(model, train_set, config, held_out=eval_set, out=out, resume=resume, title="fine-tuning")
     after = evaluate(model, eval_set, at_once)
     model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
-    loss_figure(out / "loss.png", rows, f"fine-tuning on {data.name}")
+    curve = held_out_losses(rows, before.loss, after.loss)
+    loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
     console.print(f"held-out loss {before.loss:.4f} before, {after.loss:.4f} after (nats a token)", highlight=False)
     console.print(
         f"wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png",

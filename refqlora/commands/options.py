@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,11 +19,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Gives the defaults, but where there is none or a flag's."""
+    """Tells each default that the option's help does not, but neither None nor a flag's. An epilog of several lines
+    keeps them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False) or "(default:" in (action.help or "")
+        said = action.default is None or action.default is False or "(default:" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def model(command: argparse.ArgumentParser) -> None:
@@ -37,10 +42,24 @@ def model(command: argparse.ArgumentParser) -> None:
     )
 
 
-def common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=natural, default=0, help="of everything random")
-    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")
+def out_option(command: argparse.ArgumentParser, default: str) -> None:
+    from pathlib import Path
+
+    command.add_argument("--out", type=Path, metavar="DIR", default=Path(default), help="directory to write to")
+
+
+def seed_option(command: argparse.ArgumentParser, of: str = "everything random") -> None:
+    command.add_argument("--seed", type=natural, metavar="N", default=0, help=f"of {of}")
+
+
+def json_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+
+
+def common(command: argparse.ArgumentParser) -> None:
+    seed_option(command)
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")
+    json_option(command)
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -50,7 +69,7 @@ def _at_least(least: int) -> Callable[[str], int]:
         except ValueError:
             value = -1
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, not {text}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r:.80}")
         return value
 
     return whole_number
@@ -60,9 +79,32 @@ natural, count = _at_least(0), _at_least(1)
 
 
 def console(a: argparse.Namespace) -> Console:
+    """Where a command tells what it does. In a pipe no line is broken, however long."""
     from rich.console import Console
 
-    return Console(quiet=a.json, width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+    class Output(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process, with exit code 1
+            raise BrokenPipeError from None
+
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Output(quiet=a.json, width=None if on_terminal else 10_000, soft_wrap=True)
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table. Where the console is too narrow, each row is a paragraph, a line a column: nothing is cut."""
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table, highlight=False)
+        return
+    headers = [str(column.header) for column in table.columns]
+    lines = [str(table.title)] if table.title else []
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        if table.show_header:
+            width = max(map(len, headers))
+            lines += [f"  {header:{width}}  {cell}" for header, cell in zip(headers, row, strict=True)] + [""]
+        else:
+            lines.append("  " + "  ".join(map(str, row)))
+    lines += [str(table.caption)] if table.caption else []
+    console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def report(a: argparse.Namespace, facts: dict[str, Any]) -> None:

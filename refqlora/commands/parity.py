@@ -10,19 +10,24 @@ from typing import Any
 from ..parity.checks import CHECKS, DIFFERS, FAILED, OK, SIZES
 from ..parity.checks import run as run_check
 from ..parity.kit import examine as kit
-from .options import count, natural
+from .options import count, json_option, natural
 
 PROTOCOL = """\
-MODULE is a dotted name or a .py file with any of these functions on NumPy arrays, each of which is then put through
-the vectors; what differs is said with its likely cause. In full: python -c "help('refqlora.parity')".
+MODULE is a dotted name or a .py file with any of these functions on NumPy
+arrays. Each is called with the vectors; what differs is printed with its
+likely cause. In full: python -c "help('refqlora.parity')".
 
-  quantize(w, block_size) -> packed, absmax                       NF4: uint8 (ceil(n/2),), float32 (ceil(n/block_size),)
-  dequantize(packed, absmax, block_size, shape) -> weights        float32 of `shape`
-  quantize_constants(absmax) -> codes, nested_absmax, offset      double quantisation, in blocks of 256
+  quantize(w, block_size) -> packed, absmax
+      NF4: uint8 (ceil(n/2),), float32 (ceil(n/block_size),)
+  dequantize(packed, absmax, block_size, shape) -> weights, float32
+  quantize_constants(absmax) -> codes, nested_absmax, offset
+      double quantisation, in blocks of 256
   dequantize_constants(codes, nested_absmax, offset) -> absmax
-  lora_forward(x, W, A, B, scale) -> y                            x (N, in), W (out, in), A (r, in), B (out, r)
+  lora_forward(x, W, A, B, scale) -> y
+      x (N, in), W (out, in), A (r, in), B (out, r), y (N, out)
   lora_backward(dy, x, W, A, B, scale) -> dx, dA, dB
-  lora_dropout_forward(x, W, A, B, scale, keep, rate) -> y        keep bool (N, in)
+  lora_dropout_forward(x, W, A, B, scale, keep, rate) -> y
+      keep bool (N, in)
   lora_dropout_backward(dy, x, W, A, B, scale, keep, rate) -> dx, dA, dB
 """
 
@@ -38,20 +43,27 @@ def add(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--only", action="append", metavar="NAME", help="this check, or function of the kernel, alone; may be repeated"
     )
-    options.add_argument("--seed", type=natural, help="of the random tensors and models (default: 0)")
+    options.add_argument("--seed", type=natural, metavar="N", help="of the random tensors and models (default: 0)")
     options.add_argument(
-        "--size", type=size, help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; of kernels small)"
+        "--size",
+        type=size,
+        metavar="N",
+        help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; for a kernel small)",
     )
     options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
-    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
-    options.formatter_class = argparse.RawDescriptionHelpFormatter  # so that the protocol keeps its lines
-    options.description = textwrap.fill(options.description, 100)
-    names = textwrap.fill(", ".join(check.name for check in CHECKS), 100, initial_indent="  ", subsequent_indent="  ")
-    options.epilog = f"{PROTOCOL}\nthe checks:\n{names}"
+    json_option(options)
+    names = ", ".join(check.name for check in CHECKS)
+    checks = textwrap.fill(names, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    options.epilog = f"{PROTOCOL}\nthe checks:\n{checks}"
 
 
 def size(text: str) -> int:
-    return SIZES[text] if text in SIZES else count(text)
+    """How many weights; ArgumentTypeError for what is neither a size's name nor a number."""
+    try:
+        return SIZES[text] if text in SIZES else count(text)
+    except argparse.ArgumentTypeError:
+        names = ", ".join(f"{name} ({weights:,})" for name, weights in SIZES.items())
+        raise argparse.ArgumentTypeError(f"expected {names} or a number of weights, got {text!r:.80}") from None
 
 
 def run(a: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import ml_dtypes
 
 from ..backend import cores, keep_freed_memory
 from ..config import Config
-from ..figures.loss import loss_figure
+from ..figures.loss import held_out_losses, loss_figure
 from ..files.writing import write_bytes
 from ..model import Model
 from ..resume import CHECKPOINT
@@ -20,10 +20,11 @@ from ..text.encoding import pack
 from ..text.generation import complete
 from ..text.tokenizer import train_bpe
 from ..training import TrainingConfig, evaluate, train
-from .options import common, console, count, report
+from .options import common, console, count, out_option, report
 from .progress import progress
 
 CONTEXT = 256  # tokens in a block of training text
+END = 0  # the token that ends a text
 
 BASE = Config(
     vocab_size=2048,
@@ -35,11 +36,11 @@ BASE = Config(
     head_dim=32,
     tied=True,
     max_positions=CONTEXT,
-    bos_token_id=0,
-    eos_token_id=0,
+    bos_token_id=END,
+    eos_token_id=END,
 )
 
-SAMPLING = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "stop": (0,)}
+SAMPLING: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "stop": (END,)}
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n", "import os\n")
 
 
@@ -77,10 +78,11 @@ def pretrain(
     documents, unseen = corpus.modules(held_out=False), corpus.modules(held_out=True)
     tokenizer = train_bpe(documents, BASE.vocab_size)
     write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    text = pack(documents, tokenizer, CONTEXT, BASE.eos_token_id)
-    held_out = pack(unseen, tokenizer, CONTEXT, BASE.eos_token_id)
+    text = pack(documents, tokenizer, CONTEXT, END)
+    held_out = pack(unseen, tokenizer, CONTEXT, END)
     model = Model.from_config(BASE, seed)
     probe = held_out.subset(range(0, len(held_out), 8))  # an eighth of it, for the curve
+    before = evaluate(model, probe).loss
     with progress("pretraining", steps, quiet) as bar:
         rows = train(model, text, config, held_out=probe, out=out, resume=resume, on_step=bar)
     model.save_pretrained(out, ml_dtypes.bfloat16)
@@ -102,7 +104,8 @@ def pretrain(
         "curve": [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row],
         "samples": [(prompt, complete(stored, tokenizer, prompt, **SAMPLING, seed=seed)) for prompt in PROMPTS],
     }
-    loss_figure(out / "loss.png", rows, "pretraining on the standard library's source")
+    curve = held_out_losses(rows, before)
+    loss_figure(out / "loss.png", rows, curve, "Pretraining on the standard library's source")
     write_bytes(out / "README.md", card(facts).encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return facts
@@ -154,10 +157,10 @@ MORE = "Takes about an hour on 2 cores."
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--out", type=Path, default=Path("refqlora-base"), help="directory to write to")
-    options.add_argument("--steps", type=count, default=6000, help="updates to make")
-    options.add_argument("--batch-size", type=count, default=8, help="blocks of 256 tokens a step")
-    options.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    out_option(options, "refqlora-base")
+    options.add_argument("--steps", type=count, metavar="N", default=6000, help="updates to make")
+    options.add_argument("--batch-size", type=count, metavar="N", default=8, help="blocks of 256 tokens a step")
+    options.add_argument("--lr", type=float, metavar="RATE", default=2e-3, help="peak learning rate")
     common(options)
 
 

@@ -1,1 +1,1 @@
-"""The pictures: one function each."""
+"""The pictures: one function each, which takes facts and writes a PNG."""

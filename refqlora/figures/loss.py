@@ -1,32 +1,62 @@
-"""The pictures."""
+"""How the loss falls while a model trains."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from ..files.writing import write_bytes
+
+EACH, MEAN, HELD_OUT = "#c3d2e3", "#1f5a94", "#c4501b"
 
 
-def loss_figure(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draw the loss of each step, its running mean, and the held-out loss, from `train`'s rows, into a PNG."""
+def held_out_losses(rows: Sequence[Mapping[str, Any]], before: float, after: float | None = None) -> dict[int, float]:
+    """{step: held-out loss} of a run: before its first step, where `train`'s rows have it, and after the last."""
+    between = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+    return {0: before, **between} | ({} if after is None else {rows[-1]["step"]: after})
+
+
+def loss_figure(path: Path, rows: Sequence[Mapping[str, Any]], held_out: Mapping[int, float], title: str) -> None:
+    """Draw a run into a PNG of 840 x 480 pixels, written atomically.
+
+    rows: of each step its step and loss, as `train` returns them; drawn with their running mean. held_out: {step: loss
+    on held-out text}, step 0 being the model before the run; the first and the last are written out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     steps = np.array([row["step"] for row in rows])
     losses = np.array([row["loss"] for row in rows])
-    window = max(1, len(rows) // 50)
+    window = max(1, len(rows) // 25)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="#b8cbe0", linewidth=0.8, label="each step")
+    axes.plot(steps, losses, color=EACH, linewidth=1, marker="." if len(rows) < 50 else "", label="each step")
     if window > 1:
+        middle = steps[window - 1 :] - (window - 1) / 2
         mean = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], mean, color="#1f5a94", label=f"mean of {window} steps")
-    held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+        axes.plot(middle, mean, color=MEAN, linewidth=2.5, label=f"mean of {window} steps")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="#c4501b", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, steps[-1]))
-    axes.set_title(title, parse_math=False)  # a file's name may hold a $
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)  # covers no curve
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+        points = sorted(held_out.items())
+        axes.plot(*zip(*points, strict=True), "o-", color=HELD_OUT, linewidth=2, markersize=5, label="held out")
+        for step, loss in (points[0], points[-1]):
+            number = axes.annotate(f"{loss:.2f}", (step, loss), (7, 5), textcoords="offset points")
+            number.set(color=HELD_OUT, fontsize=12, weight="bold")
+    axes.set_xlim(0, 1.07 * steps[-1])  # the last point's number stands beside it
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel("loss, nats a token", fontsize=12)
+    title = title if len(title) <= 60 else f"{title[:59]}…"
+    axes.set_title(
+        title, loc="left", pad=16, fontsize=13, weight="bold", parse_math=False
+    )  # a file's name may hold a $
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=11)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_bytes(path, picture.getvalue())

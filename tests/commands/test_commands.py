@@ -65,6 +65,20 @@ def test_help_tells_every_option_and_its_default(command, capsys, monkeypatch):
     assert ("--model" in out) == ("(default: the bundled base)" in out)
 
 
+def test_alone_it_prints_the_help(capsys):
+    assert call("--help") == 0
+    help_text = capsys.readouterr().out
+    assert call() == 0
+    assert capsys.readouterr().out == help_text
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(*command.split(), "--help") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_version_is_the_package_s(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"refqlora {rq.__version__}\n"
@@ -248,7 +262,7 @@ def tree(place):
 FINETUNE = "finetune --model model --max-length 16 --steps 2 --out out --data text.txt "
 GENERATE = "generate --model model --prompt sacks "
 BAD = [
-    ("", "required: COMMAND"),
+    ("--nonsense", "required: COMMAND"),
     ("nonsense", "invalid choice: 'nonsense'"),
     ("finetune --model model", "required: --data"),
     (FINETUNE + "--nonsense", "unrecognized arguments: --nonsense"),
@@ -293,23 +307,23 @@ BAD = [
     (FINETUNE + "--init svd", "--init: invalid choice: 'svd'"),
     (FINETUNE + "--init pissa --rank 41", "q_proj: pissa takes rank 40 at most from a weight of shape"),
     (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: must be NAME=VALUE, not q_proj"),
-    (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: must be a whole number of 1 or more, not 0"),
+    (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--alpha-pattern lm_head=2", 'alpha_pattern: "lm_head" matches no linear that has an adapter'),
-    (FINETUNE + "--rank 0", "--rank: must be a whole number of 1 or more, not 0"),
-    (FINETUNE + "--rank two", "--rank: must be a whole number of 1 or more, not two"),
+    (FINETUNE + "--rank 0", "--rank: expected a whole number of 1 or more, got '0'"),
+    (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
     (FINETUNE + "--rank 1000000000000", "Unable to allocate"),
     (FINETUNE + "--alpha nan", "alpha must be a positive number, not nan"),
     (FINETUNE + "--alpha 0", "alpha must be a positive number, not 0.0"),
     (FINETUNE + "--dropout 1", "dropout must be at least 0 and below 1, not 1.0"),
     (FINETUNE + "--dropout -0.5", "dropout must be at least 0 and below 1, not -0.5"),
-    (FINETUNE + "--steps 0", "--steps: must be a whole number of 1 or more, not 0"),
-    (FINETUNE + "--steps -3", "--steps: must be a whole number of 1 or more, not -3"),
+    (FINETUNE + "--steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
+    (FINETUNE + "--steps -3", "--steps: expected a whole number of 1 or more, got '-3'"),
     (FINETUNE + "--epochs 1", "--steps and --epochs exclude each other"),
     ("finetune --data text.txt --model model --epochs 0", "--epochs must be a number above 0, not 0.0"),
     ("finetune --data text.txt --model model --epochs inf", "--epochs must be a number above 0, not inf"),
     ("finetune --data text.txt --model model --epochs nan", "--epochs must be a number above 0, not nan"),
     (FINETUNE + "--max-length 65", "max length must be 1 to 64, the model's context, not 65"),
-    (FINETUNE + "--max-length 0", "--max-length: must be a whole number of 1 or more, not 0"),
+    (FINETUNE + "--max-length 0", "--max-length: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--held-out 1.5", "the held-out fraction must be between 0 and 1, not 1.5"),
     (FINETUNE + "--held-out 0", "the held-out fraction must be between 0 and 1, not 0.0"),
     (FINETUNE + "--held-out nan", "the held-out fraction must be between 0 and 1, not nan"),
@@ -319,13 +333,13 @@ BAD = [
     (FINETUNE + "--lr fast", "--lr: invalid float value: 'fast'"),
     (FINETUNE + "--schedule sine", "--schedule: invalid choice: 'sine'"),
     (FINETUNE + "--warmup 3", r"warmup_steps: expected 0 to total_steps \(2\), found 3"),
-    (FINETUNE + "--warmup -1", "--warmup: must be a whole number of 0 or more, not -1"),
+    (FINETUNE + "--warmup -1", "--warmup: expected a whole number of 0 or more, got '-1'"),
     (FINETUNE + "--weight-decay -1", "weight_decay: expected a finite number, 0 or more, found -1.0"),
     (FINETUNE + "--max-grad-norm nan", "max_grad_norm must be 0 or more, not nan"),
-    (FINETUNE + "--batch-size 0", "--batch-size: must be a whole number of 1 or more, not 0"),
-    (FINETUNE + "--micro-batch-size 0", "--micro-batch-size: must be a whole number of 1 or more, not 0"),
-    (FINETUNE + "--eval-every -1", "--eval-every: must be a whole number of 0 or more, not -1"),
-    (FINETUNE + "--seed -1", "--seed: must be a whole number of 0 or more, not -1"),
+    (FINETUNE + "--batch-size 0", "--batch-size: expected a whole number of 1 or more, got '0'"),
+    (FINETUNE + "--micro-batch-size 0", "--micro-batch-size: expected a whole number of 1 or more, got '0'"),
+    (FINETUNE + "--eval-every -1", "--eval-every: expected a whole number of 0 or more, got '-1'"),
+    (FINETUNE + "--seed -1", "--seed: expected a whole number of 0 or more, got '-1'"),
     (FINETUNE + "--out text.txt", "File exists: 'text.txt'"),
     (FINETUNE + "--out text.txt/out", "Not a directory: 'text.txt/out'"),
     ("generate --model model", "one of the arguments --prompt --chat is required"),
@@ -337,12 +351,12 @@ BAD = [
     (GENERATE + "--temperature -1", "temperature must be 0 or more, not -1.0"),
     (GENERATE + "--temperature nan", "temperature must be 0 or more, not nan"),
     (GENERATE + "--top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
-    (GENERATE + "--top-k -1", "--top-k: must be a whole number of 0 or more, not -1"),
-    (GENERATE + "--max-new-tokens 0", "--max-new-tokens: must be a whole number of 1 or more, not 0"),
+    (GENERATE + "--top-k -1", "--top-k: expected a whole number of 0 or more, got '-1'"),
+    (GENERATE + "--max-new-tokens 0", "--max-new-tokens: expected a whole number of 1 or more, got '0'"),
     (GENERATE + "--prompt=", "the prompt holds no token"),
     (GENERATE + "--prompt \udcff", "the text is not UTF-8"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
-    ("demo --steps 0", "--steps: must be a whole number of 1 or more, not 0"),
+    ("demo --steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
     ("demo --out text.txt", "File exists: 'text.txt'"),
     ("compare --out text.txt", "File exists: 'text.txt'"),
     ("pretrain --out text.txt", "File exists: 'text.txt'"),
@@ -394,7 +408,7 @@ def test_interrupted_and_resumed(place, capsys):
     options = FINETUNE.replace("--steps 2", "--steps 5")
     with tiny.interrupted(finetune, 3, checkpoint_every=1):
         assert call(*options.split()) == 130
-    assert "--resume goes on from the last checkpoint" in capsys.readouterr().err
+    assert "refqlora finetune: interrupted" in capsys.readouterr().err
     assert call(*options.split()) == 2
     assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0

@@ -62,8 +62,7 @@ def base(tmp_path_factory):
     """The stand-in in the bundled base's place, and a corpus of a few documents."""
     path = stand_in(tmp_path_factory.mktemp("base"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (demo, compare):
-            patch.setattr(module, "BUNDLED", path)
+        patch.setattr(demo, "BUNDLED", path)
         patch.setattr(corpus, "modules", lambda held_out: DOCUMENTS[:5] if held_out else DOCUMENTS[3:])
         patch.setattr(corpus, "docstring_examples", lambda held_out: EXAMPLES[40:] if held_out else EXAMPLES[:40])
         patch.setattr(corpus, "language_reference", lambda held_out: DOCUMENTS[:2] if held_out else DOCUMENTS[2:])
@@ -93,7 +92,8 @@ def test_an_adapter_switched_off_is_the_base(demonstrated):
     bits = facts["source_bits_per_byte"]
     assert bits["off"] == bits["nf4"]
     assert bits["adapter"] != bits["nf4"] != bits["dense"]
-    assert "nothing is forgotten" in printed
+    assert f"adapter on    {bits['adapter']:.4f} bits a byte, {bits['nf4']:.4f} before" in printed
+    assert f"adapter off   {bits['nf4']:.4f} bits a byte, as before, to the bit: nothing is forgotten" in printed
 
 
 def test_an_adapter_that_stays_on_is_told(base, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_an_adapter_that_stays_on_is_told(base, tmp_path, monkeypatch):
     facts, printed = run(demo.demo, tmp_path, steps=3)
     assert facts["off_is_base"] is False
     assert "nothing is forgotten" not in printed
-    assert " off: NOT " in printed
+    assert " bits a byte, NOT as before" in printed
 
 
 def test_its_bytes_add_up(base, demonstrated):
@@ -129,7 +129,20 @@ def test_its_bytes_add_up(base, demonstrated):
     assert q["bits_per_param"] == pytest.approx(4 + 8 * constants / inside, rel=1e-12)
     assert 0.05 < q["relative_error"] < 0.15  # NF4's on a normal distribution is about 0.09
     assert facts["trainable_parameters"] == adapter // 4
-    for number in (*facts["bytes"].values(), everything, inside, q["nf4_bytes"], q["model_bytes"]):
+    assert facts["full_bytes"] == {
+        "dense": 4 * everything,
+        "gradients": 4 * everything,
+        "optimizer": 8 * everything,
+        "total": 16 * everything,
+    }
+    for number in (
+        *facts["bytes"].values(),
+        *facts["full_bytes"].values(),
+        everything,
+        inside,
+        q["nf4_bytes"],
+        q["model_bytes"],
+    ):
         assert f"{number:,}" in printed
 
 
@@ -153,7 +166,8 @@ def test_its_files_are_its_figures(base, demonstrated):
     source = demo.plain_source(tokenizer, 0, 96)
     assert evaluate(model, source).bits_per_byte == facts["source_bits_per_byte"]["adapter"]
     for written in facts["written"]:
-        assert complete(model, tokenizer, written["prompt"], max_new_tokens=60, stop=(0,)) == written["after"]
+        how = {"max_new_tokens": 60, "stop": (0,), "repetition_penalty": facts["repetition_penalty"]}
+        assert complete(model, tokenizer, written["prompt"], **how) == written["after"]
 
 
 def test_it_shows_functions_that_are_held_out(demonstrated):
@@ -165,7 +179,21 @@ def test_it_shows_functions_that_are_held_out(demonstrated):
         assert Example(written["prompt"], written["library"]) in EXAMPLES[40:]
         assert written["before"] != written["after"]
         assert written["prompt"].strip() in printed
-        assert demo.one_line(written["library"]) in printed
+        assert demo.one_line(written["library"], 86) in printed
+
+
+def test_a_loss_is_told_as_a_probability(demonstrated):
+    _, facts, printed = demonstrated
+    loss = facts["held_out_loss"]
+    assert f"loss {loss['before']:.4f} before, {loss['after']:.4f} after (nats a token)" in printed
+    assert f"{math.exp(loss['before']) / math.exp(loss['after']):.2f} times as probable" in printed
+
+
+def test_no_line_is_longer_than_a_wide_terminal(demonstrated):
+    lines = [line for line in demonstrated[2].splitlines() if not line.startswith("Wrote ")]  # and where to
+    assert max(map(len, lines)) <= 110
+    assert demo.one_line("  a\n    b\n", 10) == "a ⏎ b"
+    assert demo.one_line(99 * "x", 10) == 9 * "x" + "…"
 
 
 def test_a_demo_stopped_and_resumed(base, demonstrated, tmp_path):

@@ -243,9 +243,11 @@ def test_logits_may_lie_in_memory_in_any_order():
 @pytest.mark.parametrize(
     ("labels", "denominator", "message"),
     [
-        (np.zeros((3, 6), int), None, r"labels have shape \(3, 6\), logits \(3, 7, 11\): expected \(3, 7\)"),
-        (np.full((3, 7), 11), None, r"label 11 at \(0, 0\) is neither -100 nor a token below 11"),
-        (np.where(np.arange(21).reshape(3, 7) == 9, -1, 0), None, r"label -1 at \(1, 2\)"),
+        (np.zeros((3, 6), int), None, r"labels: expected integers of shape \(3, 7\), .* got int64 of shape \(3, 6\)"),
+        (np.full((3, 7), 11), None, r"labels: expected -100 or a token below 11, got 11 at \(0, 0\)"),
+        (np.where(np.arange(21).reshape(3, 7) == 9, -1, 0), None, r"got -1 at \(1, 2\)"),
+        (np.zeros((3, 7)), None, r"labels: expected integers of shape \(3, 7\), .* got float64"),
+        (None, None, r"labels: expected integers .* got object of shape \(\)"),
         (np.full((3, 7), -100), None, "no label counts"),
         (np.zeros((3, 7), int), 0, "no label counts"),
     ],

@@ -356,8 +356,24 @@ def test_bytes_are_those_of_the_arrays(w, block_size, double_quant):
 
 def test_repr_says_what_it_is():
     assert repr(quantize(np.zeros((128, 128), np.float16))) == (
-        "QuantizedTensor((128, 128), float16, blocks of 64, double-quantised, 4.127 bits a parameter)"
+        "QuantizedTensor((128, 128) in nf4, blocks of 64, double-quantised; 8,452 bytes, 4.127 bits a parameter)"
     )
+
+
+def test_as_an_array_it_is_dequantised():
+    q = quantize(np.random.default_rng(0).standard_normal((7, 30), np.float32))
+    np.testing.assert_array_equal(np.asarray(q), dequantize(q))
+    assert np.asarray(q, np.float16).dtype == np.float16
+
+
+def test_what_is_no_array_is_made_one():
+    np.testing.assert_array_equal(quantize([[0.5, -1.0]]).packed, quantize(np.array([[0.5, -1.0]])).packed)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
+def test_a_codebook_goes_by_its_name(name):
+    w = np.random.default_rng(0).standard_normal(640, np.float32)
+    np.testing.assert_array_equal(quantize(w, name).packed, quantize(w, CODEBOOKS[name]).packed)
 
 
 def test_elsewhere_than_on_a_cpu(monkeypatch):
@@ -396,7 +412,7 @@ def test_float64_beyond_float32_is_refused():
         quantize(np.array([1, 1e39]))
 
 
-@pytest.mark.parametrize("block_size", [0, 16, 63, 96, 8192, -64, None])
+@pytest.mark.parametrize("block_size", [0, 16, 63, 96, 8192, -64, None, 64.0, "64"])
 def test_block_size_is_checked(block_size):
     w = np.ones(100, np.float32)
     for call in (
@@ -405,31 +421,36 @@ def test_block_size_is_checked(block_size):
         lambda: dequantize_blockwise(np.zeros(100, np.uint8), w, DYNAMIC, block_size),
         lambda: quantized_nbytes(100, block_size),
     ):
-        with pytest.raises(ValueError, match="block size must be one of"):
+        with pytest.raises(ValueError, match="block_size: expected one of"):
             call()
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool, np.complex64, ml_dtypes.float8_e4m3fn])
 def test_dtype_is_checked(dtype):
-    with pytest.raises(ValueError, match=rf"w: dtype must be one of float16, .*got {np.dtype(dtype)}"):
+    with pytest.raises(ValueError, match=rf"w: dtype: expected one of float16, .*got {np.dtype(dtype)}"):
         quantize(np.ones(4, dtype), name="w")
+    with pytest.raises(ValueError, match=r"dtype: expected .*, got <U1"):
+        quantize("x")
 
 
 def test_codebook_is_checked():
     w = np.ones(4, np.float32)
-    with pytest.raises(ValueError, match=r"w: the codebook must hold 16 values of float32, got .*256"):
+    with pytest.raises(ValueError, match=r"w: codebook: expected nf4, fp4, int4 or 16 values of float32, got .*256"):
         quantize(w, DYNAMIC, name="w")
     with pytest.raises(ValueError, match="got float64"):
         quantize(w, NF4.astype(np.float64))
+    for codebook in ("nf3", None, 4):
+        with pytest.raises(ValueError, match=f"codebook: .*, got {codebook!r}"):
+            quantize(w, codebook)
     for codebook in (NF4[:1], np.zeros(257, np.float32), DYNAMIC.astype(np.float64), NF4.reshape(4, 4)):
-        with pytest.raises(ValueError, match="must hold 2 to 256 values"):
+        with pytest.raises(ValueError, match="or 2 to 256 values"):
             quantize_blockwise(w, codebook, 64)
-        with pytest.raises(ValueError, match="must hold 2 to 256 values"):
+        with pytest.raises(ValueError, match="or 2 to 256 values"):
             dequantize_blockwise(np.zeros(4, np.uint8), w[:1], codebook, 64)
 
 
 def test_nested_is_checked():
-    with pytest.raises(ValueError, match='nested must be "nearest" or "bitsandbytes", not \'exact\''):
+    with pytest.raises(ValueError, match='nested: expected "nearest" or "bitsandbytes", got \'exact\''):
         quantize(np.ones(4, np.float32), nested="exact")
 
 
@@ -451,7 +472,7 @@ def test_fields_that_disagree_are_refused():
         ("packed", q.packed.astype(np.int8), "got int8"),
         ("shape", (4, 71), r"QuantizedTensor of shape \(4, 71\): packed must be"),
         ("block_size", 32, r"absmax must be uint8 of shape \(9,\)"),
-        ("block_size", 48, "block size must be one of"),
+        ("block_size", 48, "block_size: expected one of"),
         ("absmax", q.constants(), "absmax must be uint8"),
         ("codebook", DYNAMIC, "codebook must be"),
         ("nested_codebook", NF4, r"nested_codebook must be float32 of shape \(256,\)"),

@@ -1,4 +1,4 @@
-"""The figure is a PNG of the size that is wanted, whole or not at all, whatever rows there are."""
+"""The figure is a PNG of the right size, written atomically, whatever rows there are."""
 
 import struct
 import warnings
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from refqlora.figures.loss import loss_figure
+from refqlora.figures.loss import held_out_losses, loss_figure
 
 SIZE = (840, 480)  # 7 x 4 inches of 120 dots
 
@@ -19,6 +19,12 @@ def rows(steps, held_out=0):
     for row in rows[held_out - 1 :: held_out] if held_out else []:
         row["held_out_loss"] = 3.4
     return rows
+
+
+def test_the_held_out_losses_begin_before_the_first_step():
+    assert held_out_losses(rows(100, 50), 4.5) == {0: 4.5, 50: 3.4, 100: 3.4}
+    assert held_out_losses(rows(120, 50), 4.5, 3.25) == {0: 4.5, 50: 3.4, 100: 3.4, 120: 3.25}
+    assert held_out_losses(rows(7), 4.5, 3.25) == {0: 4.5, 7: 3.25}
 
 
 @pytest.fixture
@@ -42,19 +48,19 @@ def labels(figure):
 @pytest.mark.parametrize(
     ("steps", "held_out", "legend"),
     [
-        (1, 0, ["each step"]),
-        (1, 1, ["each step", "held out"]),
-        (99, 0, ["each step"]),
-        (250, 0, ["each step", "mean of 5 steps"]),
-        (250, 50, ["each step", "mean of 5 steps", "held out"]),
+        (1, {}, ["each step"]),
+        (1, {0: 4.5, 1: 3.25}, ["each step", "held out"]),
+        (49, {}, ["each step"]),
+        (125, {}, ["each step", "mean of 5 steps"]),
+        (125, {0: 4.5, 50: 3.4, 125: 3.25}, ["each step", "mean of 5 steps", "held out"]),
     ],
 )
 def test_a_figure_of_the_rows_there_are(steps, held_out, legend, tmp_path, drawn):
     path = tmp_path / "loss.png"
-    data = rows(steps, held_out)
+    data = rows(steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss_figure(path, data, "title")
+        loss_figure(path, data, held_out, "title")
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == SIZE
@@ -63,39 +69,43 @@ def test_a_figure_of_the_rows_there_are(steps, held_out, legend, tmp_path, drawn
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
     assert labels(drawn[0]) == legend
-    lines = drawn[0].axes[0].get_lines()
+    axes = drawn[0].axes[0]
+    lines = axes.get_lines()
     np.testing.assert_array_equal(lines[0].get_ydata(), [row["loss"] for row in data])
     if "mean of 5 steps" in legend:
-        assert lines[1].get_xdata()[0] == 5  # the mean of steps 1 to 5 stands at 5
+        assert lines[1].get_xdata()[0] == 3  # the mean of steps 1 to 5 stands in their middle
         assert lines[1].get_ydata()[-1] == pytest.approx(np.mean([row["loss"] for row in data[-5:]]))
     if "held out" in legend:
-        points = [(row["step"], row["held_out_loss"]) for row in data if "held_out_loss" in row]
-        np.testing.assert_array_equal(lines[-1].get_xydata(), points)
+        np.testing.assert_array_equal(lines[-1].get_xydata(), list(held_out.items()))
+    assert [text.get_text() for text in axes.texts] == (["4.50", "3.25"] if held_out else [])  # the first and the last
 
 
 @pytest.mark.parametrize("title", ["on a$^$b.txt", "on $x^2$", "on \\frac", "on _a_{b}", "50 %"])
 def test_a_title_is_no_formula(title, tmp_path, drawn):
-    loss_figure(tmp_path / "loss.png", rows(3), title)
-    assert drawn[0].axes[0].get_title() == title
+    loss_figure(tmp_path / "loss.png", rows(3), {}, title)
+    assert drawn[0].axes[0].get_title(loc="left") == title
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_long_title_is_cut(tmp_path, drawn):
+    loss_figure(tmp_path / "loss.png", rows(3), {}, "on " + 80 * "x")
+    assert drawn[0].axes[0].get_title(loc="left") == "on " + 56 * "x" + "…"
 
 
 def test_what_fails_leaves_the_old_figure(tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
-    loss_figure(path, rows(3), "old")
+    loss_figure(path, rows(3), {}, "old")
     old = path.read_bytes()
-    savefig = Figure.savefig
 
     def broken(self, target, **options):
-        savefig(self, target, **options)
-        target.write_bytes(target.read_bytes()[:100])
+        target.write(b"half a picture")
         raise OSError("the disk is full")
 
     monkeypatch.setattr(Figure, "savefig", broken)
     with pytest.raises(OSError, match="full"):
-        loss_figure(path, rows(4), "new")
+        loss_figure(path, rows(4), {}, "new")
     assert path.read_bytes() == old
     monkeypatch.undo()
-    loss_figure(path, rows(4), "new")
+    loss_figure(path, rows(4), {}, "new")
     assert path.read_bytes() != old
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]

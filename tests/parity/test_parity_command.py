@@ -229,7 +229,7 @@ def test_a_difference_is_exit_code_1(capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["--only", "llamas"], "no check 'llamas'; there are: codebooks"),
-        (["--size", "huge"], "--size"),
+        (["--size", "huge"], "--size: expected small (100,000), medium (1,000,000), large (20,000,000) or a number"),
         (["--size", "0"], "--size"),
         (["--seed", "-1"], "--seed"),
         (["--recorded", "--seed", "1"], "--recorded goes with neither"),
