@@ -208,7 +208,7 @@ def train(
                 run.record(row, save=(step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)
             except FloatingPointError as error:
                 fault = optimizer.fault() or error  # what came first
-                raise FloatingPointError(f"step {step + 1}, learning rate {lr:g}: {fault}") from None
+                raise FloatingPointError(f"step {step + 1}, learning rate {lr:.2g}: {fault}") from None
             if on_step is not None:
                 on_step(row)
     _warn_if_diverged(run.rows)

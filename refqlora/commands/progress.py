@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from ..training import Row
+if TYPE_CHECKING:
+    from ..training import Row
 
 SILENCE = 30  # seconds without a line in a pipe, at the most
 SHARE = 0.05  # of the steps: a line in a pipe after each
@@ -28,10 +27,13 @@ def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[
     It goes to stderr. A bar where that is a terminal; elsewhere a line at the first row, at the last, and after every
     twentieth of the steps or 30 seconds (of numbers, only after 30 seconds).
     """
-    console = Console(stderr=True)
     if quiet:
         yield lambda _: None
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
     meter = Meter(total)
     words = TextColumn("{task.fields[words]}")
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), words)

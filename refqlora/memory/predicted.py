@@ -1,4 +1,4 @@
-"""The memory of a training step, predicted from shapes before anything is allocated, and what the machine has left.
+"""The memory of a training step, predicted from shapes before anything is allocated.
 
 The largest arrays of a step, in elements, by the legend in functional.py with N = B*T rows:
 
