@@ -13,10 +13,10 @@ Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: e
 
     backend, codebooks, quantization, quantization_error      arrays, and 4 bits
     functional, attention, rope, lora                         the operations, each forward beside its backward
-    architectures, config, lora_config                        which parts a model has, and which of them adapters sit on
-    adapters, adapter_sums                                    adapters made, placed, combined
+    architectures, config, patterns, lora_config              which parts a model has, and which of them adapters sit on
+    adapters, adapter_sums                                    adapters made, put onto a model, combined
     kv_cache, layer, lm_head, decoder                         a whole decoder
-    optim, resume, training, model                            training it, and the front door
+    model, optim, resume, training                            the front door, and training
 
 What surrounds the engine has a folder each: files, text, memory, parity, figures, commands.
 """

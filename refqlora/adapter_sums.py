@@ -54,7 +54,7 @@ def as_lora(adapter: Adapter) -> Adapter:
 METHODS = ("cat", "svd", "linear")
 
 
-def add_adapters(
+def combine_adapters(
     adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str = "cat", rank: int | None = None
 ) -> Adapter:
     """A LoRA whose change is the sum of `factors[name]` times each adapter's s B A; scales and ranks may differ.

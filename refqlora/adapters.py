@@ -1,4 +1,4 @@
-"""Adapters: made new, put onto a model's weights, turned into plain LoRA, added up.
+"""Adapters: made new, and put onto a model's weights.
 
 One is a config and a dict of arrays by PEFT's names:
 
@@ -13,9 +13,12 @@ first one's residual apart. Here W stays as it is, and such an adapter carries t
 
 from __future__ import annotations
 
+import html
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +31,7 @@ from .quantization import QuantizedTensor, quantize
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after a linear's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """One adapter: its config and its arrays, `params`.
 
@@ -53,6 +56,38 @@ class Adapter:
         a, b, magnitude = self.params[linear + A], self.params[linear + B], self.params.get(linear + MAGNITUDE)
         return LoRA(a, b, self.config.scale_of(linear), self.config.dropout, magnitude)
 
+    def unchanged(self) -> list[str]:
+        """The linears whose B is zero throughout, so that B A changes nothing there, as before any training."""
+        return [linear for linear in self.linears if not self.params[linear + B].any()]
+
+    def facts(self) -> dict[str, Any]:
+        """What a person wants to know of it: its kind, the range of rank and alpha, where it sits, how large it is."""
+        config, linears = self.config, self.linears
+        start = {"pissa": "PiSSA", "olora": "OLoRA"}.get(config.init.partition("_")[0])
+        ranks = {config.rank_of(linear) for linear in linears}
+        alphas = {config.alpha_of(linear) for linear in linears}
+        return {
+            "kind": ", ".join(filter(None, ["DoRA" if config.dora else "LoRA", start, "rsLoRA" * config.rslora])),
+            "rank": " to ".join(f"{rank:g}" for rank in sorted({min(ranks), max(ranks)})),
+            "alpha": " to ".join(f"{alpha:g}" for alpha in sorted({min(alphas), max(alphas)})),
+            "linears": len(linears),
+            "targets": ", ".join(dict.fromkeys(linear.rpartition(".")[2] for linear in linears)),
+            "parameters": sum(p.size for p in self.params.values()),
+            "bytes": sum(p.nbytes for p in self.params.values()),
+        }
+
+    def __repr__(self) -> str:
+        f = self.facts()
+        return (
+            f"Adapter({f['kind']}, rank {f['rank']}, alpha {f['alpha']}, on {f['linears']} linears ({f['targets']}), "
+            f"{f['parameters']:,} trainable parameters, {f['bytes']:,} bytes)"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = ((name, f"{x:,}" if isinstance(x, int) else html.escape(x)) for name, x in self.facts().items())
+        rows = "".join(f"<tr><th>{name}</th><td>{x}</td></tr>" for name, x in shown)
+        return f"<table><caption>Adapter</caption>{rows}</table>"
+
 
 def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:
     """A linear's weight (out, in) under `adapter`, the model's unless the adapter brings a residual; and its LoRA, or
@@ -69,17 +104,27 @@ def new_adapter(
     """An adapter on those of `linears` that the config names, started as the config says.
 
     Whatever the start, the model's function stays what it was, up to rounding; with a residual that is quantised, up to
-    its quantisation. DoRA's magnitudes start as the lengths of the rows. Raises ValueError where a target matches
-    nothing or a start is not possible.
+    its quantisation. DoRA's magnitudes start as the lengths of the rows. Raises ValueError where something in the
+    config matches no linear, or a start is not possible.
     """
+    linears = list(linears)
+    chosen = config.matches(linears)
+    if idle := config.idle(linears):
+        raise ValueError(idle[0])
+    return _started(config, chosen, weights, dtype, seed)
+
+
+def _started(
+    config: LoraConfig, linears: list[str], weights: Mapping[str, Weight], dtype: np.dtype, seed: int = 0
+) -> Adapter:
     rng = np.random.default_rng(seed)
     params, start, residuals = {}, {}, {}
-    for linear in config.matches(linears):
+    for linear in linears:
         weight, rank, scale = weights[linear + ".weight"], config.rank_of(linear), config.scale_of(linear)
-        try:
+        if not dtype.type(scale):
+            raise ValueError(f"{linear}: alpha: expected a number above 0, got {config.alpha_of(linear):g}")
+        with _naming(linear):
             a, b = init_lora(weight, rank, rng, dtype, config.init, scale)
-        except ValueError as error:
-            raise ValueError(f"{linear}: {error}") from None
         params |= {linear + A: a, linear + B: b}
         if config.changes_base:
             start |= {linear + A: a.copy(), linear + B: b.copy()}
@@ -87,13 +132,12 @@ def new_adapter(
         if config.dora:
             params[linear + MAGNITUDE] = lengths = row_norms(dense(weight, dtype), LoRA(a, b, scale))
             if not lengths.all():
-                raise ValueError(
-                    f"{linear}: row {int((lengths == 0).argmax())} of its weight is zero: DoRA divides by it"
-                )
+                row = int((lengths == 0).argmax())
+                raise ValueError(f"{linear}: row {row} of its weight is zero: DoRA divides by it")
     return Adapter(config, params, residuals, start)
 
 
-def placed(
+def adapter_from_file(
     config: LoraConfig,
     params: Mapping[str, Array],
     weights: Mapping[str, Weight],
@@ -104,41 +148,51 @@ def placed(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`; warns if a B is zero throughout, as one that was never trained is, or two keys of alpha_pattern compete.
+    `where`; warns, as nothing is lost, where a part of the config matches no linear, alpha is 0, or two keys of
+    alpha_pattern compete.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
+    linears, shapes = list(linears), dict[str, tuple[int, ...]]()
+    with _naming(where):
         chosen = config.matches(linears)
-        for linear in chosen:
-            (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
-            shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
-            if config.dora:
-                shapes[linear + MAGNITUDE] = (out_features,)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    check_shapes(params, shapes, where)
-    try:
-        made = new_adapter(config, weights, linears, dtype) if config.changes_base else Adapter(config, {})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    idle = [name for name in shapes if name.endswith(B) and not params[name].any()]
-    if idle:
-        count = sum(name.endswith(B) for name in shapes)
-        warnings.warn(
-            f"{where}: {len(idle)} of {count} lora_B are zero throughout ({idle[0]}): "
-            "there B A changes nothing, as before any training",
-            stacklevel=3,
-        )
     for linear in chosen:
-        if keys := config.rivals("alpha_pattern", linear):
-            warnings.warn(
-                f"{where}: alpha_pattern: {' and '.join(keys)} both fit {linear}, and the first counts: PEFT sorts "
-                "them when it saves, so that another may have been first in training",
-                stacklevel=3,
-            )
-            break
+        (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
+        shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
+        if config.dora:
+            shapes[linear + MAGNITUDE] = (out_features,)
+    check_shapes(params, shapes, where)
+    with _naming(where):
+        made = _started(config, chosen, weights, dtype) if config.changes_base else Adapter(config, {})
+    said = config.idle(linears)
+    if without := [linear for linear in chosen if not config.alpha_of(linear)]:
+        said.append(f"alpha of {without[0]} is 0: there the adapter changes nothing")
+    if rivals := [(linear, keys) for linear in chosen if (keys := config.rivals("alpha_pattern", linear))]:
+        said.append(
+            f"alpha_pattern: {' and '.join(rivals[0][1])} both fit {rivals[0][0]}, and the first counts: PEFT sorts "
+            "them when it saves, so that another may have been first in training"
+        )
+    for sentence in said:
+        warnings.warn(f"{where}: {sentence}", stacklevel=3)
     xp = array_module(next(iter(made.params.values()), np))
     return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Errors begin with the name of what is at fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def warn_if_untrained(adapter: Adapter, where: str) -> None:
+    """Warn where B is zero in an adapter that is to be used, not trained."""
+    if unchanged := adapter.unchanged():
+        warnings.warn(
+            f"{where}: {len(unchanged)} of {len(adapter.linears)} lora_B are zero throughout ({unchanged[0]}{B}): "
+            "there B A changes nothing, as before any training",
+            stacklevel=2,
+        )
 
 
 def init_lora(

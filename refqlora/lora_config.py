@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
+from .patterns import check_pattern, full_match, name_match
 
 INITS = ("default", "gaussian", "pissa", "olora")  # and "pissa_niter_N"
+MAX_RANK, MAX_ALPHA, MAX_KEYS = 2**31 - 1, 1e9, 10_000  # far beyond any use: what is beyond them is a mistake
+_INIT = re.compile(rf"{'|'.join(INITS)}|pissa_niter_[0-9]{{1,3}}")
 _NOT_LINEAR = ("lm_head", "embed_tokens")  # may be excluded, and are anyway
 
 
@@ -18,16 +20,21 @@ _NOT_LINEAR = ("lm_head", "embed_tokens")  # may be excluded, and are anyway
 class LoraConfig:
     """What an adapter is: `adapter_config.json` holds these fields under PEFT's names, given in brackets.
 
-    rank [r], alpha [lora_alpha]: the change is scaled by alpha/r, or by alpha/sqrt(r) with rslora [use_rslora].
+    rank [r], alpha [lora_alpha]: the change is scaled by alpha/r, or by alpha/sqrt(r) with rslora [use_rslora]. alpha
+        is at most 1e9, so that float32 holds the scaled values.
     dropout [lora_dropout]: of the adapter's input, in training.
     targets [target_modules]: "all-linear" (every linear but the output head), names such as ("q_proj", "v_proj"), or
         a regular expression for the whole name.
     dora [use_dora]: learn each output's magnitude apart from its direction (Liu et al. 2024).
     init [init_lora_weights]: "default" or "gaussian", which leave the model as it is; "pissa" (Meng et al. 2024),
-        "pissa_niter_N" or "olora" (Buyukakyuz 2024), which move a part of the weight into B A: see lora.init_lora.
+        "pissa_niter_N" or "olora" (Buyukakyuz 2024), which move a part of the weight into B A: see
+        adapters.init_lora.
     exclude [exclude_modules]: names or a regular expression; these get none.
     layers [layers_to_transform]: numbers of the layers that get one. layers_pattern: what the list of layers is called.
-    rank_pattern, alpha_pattern: {name or regular expression: value} for linears whose rank or alpha is another.
+    rank_pattern, alpha_pattern: {name or regular expression: value} for linears whose rank or alpha is another; the
+        first key that fits counts. A key is a regular expression for the end of a name, from its start or a dot on.
+
+    Raises ValueError that begins with the name of the field at fault.
     """
 
     rank: int = 16
@@ -46,45 +53,64 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _check_rank(self.rank, "rank")
         _check_alpha(self.alpha, "alpha")
-        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if not isinstance(self.dropout, Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a number from 0 to below 1, got {shown(self.dropout)}")
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.init not in INITS and not (isinstance(self.init, str) and re.fullmatch(r"pissa_niter_\d+", self.init)):
-            raise ValueError(f"init must be one of {', '.join(INITS)} or pissa_niter_N, not {self.init!r}")
+                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
+        if not isinstance(self.init, str) or not _INIT.fullmatch(self.init):
+            raise ValueError(
+                f"init: expected {', '.join(INITS)} or pissa_niter_N, N below 1000, got {shown(self.init)}"
+            )
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
             object.__setattr__(self, "targets", "all-linear")
-        else:
-            _check_names(self.targets, "target")
-        _check_names(self.exclude, "exclude")
-        _check_names(self.layers_pattern, "layers_pattern")
+        for name in ("targets", "exclude"):
+            self._check_names(name)
         self._check_layers()
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             pattern = getattr(self, name)
             if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-                raise ValueError(f"{name} must map names or regular expressions to values, not {pattern!r}")
+                raise ValueError(f"{name}: expected regular expressions with a value each, got {shown(pattern)}")
+            if len(pattern) > MAX_KEYS:
+                raise ValueError(f"{name}: expected at most {MAX_KEYS} keys, got {len(pattern)}")
             for key, value in pattern.items():
-                _check_regex(key, name)
-                check(value, f'{name} of "{key}"')
+                _check_pattern(key, name)
+                check(value, f"{name} of {shown(key)}")
+
+    def _check_names(self, name: str) -> None:
+        """A regular expression, or names."""
+        value = getattr(self, name)
+        if isinstance(value, str):
+            _check_pattern(value, name)
+        elif not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{name}: expected names, or one regular expression, got {shown(value)}")
+        elif len(value) > MAX_KEYS:
+            raise ValueError(f"{name}: expected at most {MAX_KEYS} names, got {len(value)}")
+        else:
+            object.__setattr__(self, name, tuple(value))
 
     def _check_layers(self) -> None:
+        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        if not isinstance(names, tuple | list) or not all(
+            isinstance(name, str) and re.fullmatch(r"[\w.]*", name) for name in names
+        ):
+            raise ValueError(f'layers_pattern: expected a name such as "layers", got {shown(self.layers_pattern)}')
         if self.layers is None:
             if self.layers_pattern:
-                raise ValueError("layers_pattern needs layers")
+                raise ValueError("layers_pattern: expected with layers only")
             return
-        layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
         if not isinstance(layers, tuple | list) or not all(_is_whole(i) and i >= 0 for i in layers) or not layers:
-            raise ValueError(f"layers must be numbers of layers, not {self.layers!r}")
+            raise ValueError(f"layers: expected numbers of layers, got {shown(self.layers)}")
         if isinstance(self.targets, str) and self.targets != "all-linear":
-            raise ValueError("layers do not go with a regular expression as target: let it name the layers")
+            raise ValueError("layers: expected none with a regular expression as targets: let it name the layers")
         object.__setattr__(self, "layers", tuple(int(i) for i in layers))
 
     @property
     def scale(self) -> float:
         """s where no pattern says otherwise: alpha/r (LoRA, section 4.1), or alpha/sqrt(r) (rsLoRA, Kalajdzievski
         2023)."""
-        return self.scale_of("")
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
     @property
     def changes_base(self) -> bool:
@@ -93,114 +119,113 @@ class LoraConfig:
 
     def rank_of(self, linear: str) -> int:
         """r on the linear of this name."""
-        return int(_pattern_value(self.rank_pattern, linear, self.rank))
+        return int(self._value(self.rank_pattern, linear, self.rank))
+
+    def alpha_of(self, linear: str) -> float:
+        """alpha on the linear of this name."""
+        return float(self._value(self.alpha_pattern, linear, self.alpha))
 
     def scale_of(self, linear: str) -> float:
         """s on the linear of this name."""
         rank = self.rank_of(linear)
-        return float(_pattern_value(self.alpha_pattern, linear, self.alpha) / (rank**0.5 if self.rslora else rank))
+        return self.alpha_of(linear) / (rank**0.5 if self.rslora else rank)
 
     def rivals(self, pattern: str, linear: str) -> list[str]:
         """The keys of rank_pattern or alpha_pattern that fit this linear, where their values differ; otherwise none."""
-        fitting = {key: value for key, value in getattr(self, pattern).items() if fits(key, linear)}
+        fitting = {key: value for key, value in getattr(self, pattern).items() if name_match(key, linear)}
         return list(fitting) if len(set(fitting.values())) > 1 else []
 
     def matches(self, linears: Iterable[str]) -> list[str]:
         """Those of `linears` (names such as model.layers.0.self_attn.q_proj) that get an adapter.
 
         PEFT's rules: a name in a list matches a linear of that very name or one that ends in `.name`; a string other
-        than "all-linear" is a regular expression for the whole name; `exclude` likewise. Stricter than PEFT, which
-        goes on in silence: raises ValueError for a target, an exclusion, a layer or a pattern that matches none.
+        than "all-linear" is a regular expression for the whole name; `exclude` likewise. Raises ValueError where no
+        linear gets one.
         """
         linears = list(linears)
-        if self.targets == "all-linear":
-            found = linears
-        else:
-            found = [name for name in linears if _matches(self.targets, name)]
-            self._refuse_idle(self.targets, "target", linears, linears)
-        if self.exclude:
-            self._refuse_idle(self.exclude, "exclude", [*linears, *_NOT_LINEAR], linears)
-            found = [name for name in found if not _matches(self.exclude, name)]
-        if self.layers is not None:
-            layer = {name: self._layer(name) for name in linears}
-            missing = sorted(set(self.layers) - set(layer.values()))
-            if missing:
-                raise ValueError(f"layers: there is no layer {missing[0]} in {sorted({*layer.values()} - {None})}")
-            found = [name for name in found if layer[name] in self.layers]
+        found = self._found(linears)
         if not found:
-            raise ValueError("no linear is left to put an adapter on")
-        for pattern in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, pattern):
-                if not any(fits(key, name) for name in found):
-                    raise ValueError(f'{pattern}: "{key}" matches no linear that has an adapter')
+            raise ValueError((self.idle(linears) or ["targets: exclude and layers leave no linear"])[0])
         return found
+
+    def idle(self, linears: Iterable[str]) -> list[str]:
+        """What in this config matches none of `linears`, a sentence each: a target, an exclusion, a layer, a pattern.
+        PEFT passes over it in silence; in a new adapter it is a mistake."""
+        linears = list(linears)
+        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+        said = []
+        for option, wanted, names in (
+            ("targets", self.targets, linears),
+            ("exclude", self.exclude, [*linears, *_NOT_LINEAR]),
+        ):
+            if isinstance(wanted, str):
+                if wanted not in ("", "all-linear") and not any(full_match(wanted, name) for name in names):
+                    said.append(
+                        f"{option}: {shown(wanted)}, a regular expression for the whole name, matches no linear"
+                    )
+            else:
+                idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
+                said += [f"{option}: {shown(one)} matches no linear; there are: {kinds}" for one in idle]
+        if not self.targets:
+            said.append("targets: expected a linear, got none")
+        layers = {self._layer(name) for name in linears} - {None}
+        said += [
+            f"layers: there is no layer {shown(i)} in {sorted(layers)}" for i in self.layers or () if i not in layers
+        ]
+        found = self._found(linears)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, option):
+                if not any(name_match(key, name) for name in found):
+                    said.append(f"{option}: {shown(key)} matches no linear that has an adapter")
+        return said
+
+    def _found(self, linears: list[str]) -> list[str]:
+        found = linears if self.targets == "all-linear" else [name for name in linears if _matches(self.targets, name)]
+        found = [name for name in found if not _matches(self.exclude, name)]
+        return found if self.layers is None else [name for name in found if self._layer(name) in self.layers]
 
     def _layer(self, linear: str) -> int | None:
         """The number of the layer that the linear is in: the first in its name, after layers_pattern if given."""
-        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns if pattern]
+        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names if name]
         for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
             if match := re.match(expression, linear):
                 return int(match.group(1))
         return None
 
-    @staticmethod
-    def _refuse_idle(wanted: str | tuple[str, ...], what: str, names: list[str], linears: list[str]) -> None:
-        """Raise ValueError for the names in a list, or the regular expression, that match nothing."""
-        if isinstance(wanted, str):
-            idle = [f"{wanted!r}, a regular expression for the whole name,"]
-            idle = [] if any(_matches(wanted, name) for name in names) else idle
-        else:
-            idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
-        if idle or not wanted:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"{what} {', '.join(idle) or '()'} matches no linear; there are: {', '.join(kinds)}")
+    def _value(self, pattern: Mapping[str, Any], linear: str, default: Any) -> Any:
+        """The value of the first key that fits, as in PEFT."""
+        return next((value for key, value in pattern.items() if name_match(key, linear)), default)
+
+
+def shown(value: Any) -> str:
+    """The value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return bool(wanted) and full_match(wanted, name)
     return any(name == one or name.endswith("." + one) for one in wanted)
 
 
-def fits(key: str, linear: str) -> bool:
-    """PEFT's rule for a key of a pattern: a regular expression for the end of the name, from its start or a dot on."""
-    return re.match(rf"(.*\.)?({key})$", linear) is not None
-
-
-def _pattern_value(pattern: Mapping[str, Any], linear: str, default: Any) -> Any:
-    """The value of the first key that fits, as in PEFT."""
-    return next((value for key, value in pattern.items() if fits(key, linear)), default)
-
-
 def _is_whole(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _check_rank(value: Any, name: str) -> None:
-    if not _is_whole(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+    if not _is_whole(value) or not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name}: expected a whole number from 1 to {MAX_RANK}, got {shown(value)}")
 
 
 def _check_alpha(value: Any, name: str) -> None:
-    if not _is_real(value) or not 0 < value < np.inf:
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= MAX_ALPHA:
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_ALPHA:g}, got {shown(value)}")
 
 
-def _check_regex(text: str, name: str) -> None:
+def _check_pattern(text: str, name: str) -> None:
     try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{name} {text!r} is no regular expression: {error}") from None
-
-
-def _check_names(value: Any, name: str) -> None:
-    """A regular expression, or names."""
-    if isinstance(value, str):
-        _check_regex(value, name)
-    elif not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{name}s must be a string or names, not {value!r}")
+        check_pattern(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {shown(text)} is not a regular expression: {error}") from None

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_sums import add_adapters, as_lora
-from .adapters import Adapter, new_adapter, placed
+from .adapter_sums import as_lora, combine_adapters
+from .adapters import Adapter, adapter_from_file, new_adapter
 from .backend import Array
 from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
@@ -127,23 +127,26 @@ class Model:
         """
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
-    def add_adapters(self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None) -> None:
-        """Add adapters up, each times its factor, into a new one, and make it the active one: see
-        adapters.add_adapters. model.add_adapters({"a": 0.7, "b": 0.3}, name="c")"""
+    def combine_adapters(
+        self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None
+    ) -> None:
+        """Combine adapters, each times its factor, into a new one, and make it the active one: see adapter_sums.py.
+        model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")"""
         parts = {self._known(one): self.adapters[one] for one in factors}
-        self._adopt(name, add_adapters(parts, factors, method, rank))
+        self._adopt(name, combine_adapters(parts, factors, method, rank))
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
         config, params = adapter_files.load_adapter(Path(path), self.config.architecture.conv1d)
-        self._adopt(name, placed(config, params, self.params, self.config.linears(), self.dtype, str(path)))
+        linears = self.config.linears()
+        self._adopt(name, adapter_from_file(config, params, self.params, linears, self.dtype, str(path)))
 
     def save_adapter(
         self, path: str | Path, name: str | None = None, base: str = "", plain: bool | None = None
     ) -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`.
 
-        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapters.as_lora). None: only
+        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapter_sums.as_lora). None: only
         where the file could not say what the adapter sits on (pissa_niter_N).
         """
         adapter = self.adapters[self._known(name or self.active)]

@@ -13,18 +13,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backend import Array
 from .functional import IGNORE, cross_entropy
+from .model import Model
 from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
-
-if TYPE_CHECKING:
-    from .model import Model
 
 Row = dict[str, Any]  # what a step has measured
 

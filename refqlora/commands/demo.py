@@ -213,7 +213,7 @@ def bytes_text(facts: dict[str, Any]) -> str:
         lines.append(f"{BYTES_OF[part]:20}{size:>12,}{full:>20}".rstrip())
     lines += [
         "",
-        f"Rank {rank}: a weight W (out x in) stays as it is; B (out x {rank}) A ({rank} x in), added to it, is trained.",
+        f"Rank {rank}: what is trained is B (out x {rank}) times A ({rank} x in), added to each W (out x in).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from ..codebooks import DYNAMIC, FP4, NF4
 from ..quantization import BLOCK_SIZES
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
-DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
+WEIGHT_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 class Case(NamedTuple):
@@ -83,7 +83,7 @@ def random_cases(rng: np.random.Generator, size: int) -> Iterator[tuple[Case, np
     while done < size:
         n = int(min(size - done, 10 ** rng.uniform(2, 6), size / 5)) + 1
         shape = [(n,), (int(n**0.5), int(n**0.5)), (-(-n // 96), 96)][rng.integers(3)]
-        dtype = DTYPES[rng.integers(3)]
+        dtype = WEIGHT_DTYPES[rng.integers(3)]
         scale = 10 ** rng.uniform(-4, 1) if dtype == np.float16 else 10 ** rng.uniform(-12, 12)
         draw = [rng.standard_normal, lambda s: rng.standard_t(3, s), lambda s: rng.uniform(-1, 1, s)]
         w = (draw[rng.integers(3)](shape) * scale).astype(np.float32)

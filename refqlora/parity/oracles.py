@@ -81,16 +81,16 @@ def residuals(theirs: Any) -> dict[str, np.ndarray]:
 
 
 def their_4bit(path: Path, double_quant: bool) -> Any:
-    """The model in the directory `path`, quantised to NF4 by bitsandbytes as it is loaded, computing in float32."""
+    """The model in the directory `path`, quantised to NF4 by bitsandbytes as it is loaded, computing in float32: in
+    train mode, as in eval mode it computes in bfloat16 on a CPU with AVX512-BF16."""
     options = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=double_quant,
     )
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=options, dtype=torch.float32, device_map="cpu"
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(path, quantization_config=options, dtype=torch.float32, device_map="cpu").train()
 
 
 def packed_weights(theirs: Any) -> dict[str, Any]:

@@ -474,7 +474,7 @@ def test_the_changes_add_up(method, rank, expected):
     """rsLoRA and ranks of a pattern among them."""
     model = two_adapters()
     parts = [changes(model, name) for name in "ab"]
-    model.add_adapters({"a": 0.7, "b": -1.5}, "c", method, rank)
+    model.combine_adapters({"a": 0.7, "b": -1.5}, "c", method, rank)
     assert model.active == "c"
     assert (model.adapters["c"].config.rank, model.adapters["c"].config.scale) == (expected, 1)
     found = changes(model, "c")
@@ -487,7 +487,7 @@ def test_the_changes_add_up(method, rank, expected):
 def test_svd_is_the_best_of_its_rank():
     model = two_adapters()
     parts = [changes(model, name) for name in "ab"]
-    model.add_adapters({"a": 1, "b": 1}, "c", "svd", 2)
+    model.combine_adapters({"a": 1, "b": 1}, "c", "svd", 2)
     q = "model.layers.0.self_attn.q_proj"
     wanted = parts[0][q] + parts[1][q]
     values = np.linalg.svd(wanted, compute_uv=False)
@@ -500,8 +500,8 @@ def test_linear_is_exact_for_one_and_far_off_for_two():
         model.add_adapter(str(seed), rank=5, alpha=7 + seed, targets=("q_proj",))
         for p in model.trainable().values():
             p[...] = np.random.default_rng(seed).standard_normal(p.shape)
-    model.add_adapters({"0": -0.5}, "half", "linear")
-    model.add_adapters({"0": 0.5, "1": 0.5}, "both", "linear")
+    model.combine_adapters({"0": -0.5}, "half", "linear")
+    model.combine_adapters({"0": 0.5, "1": 0.5}, "both", "linear")
     one, two, half, both = (changes(model, name) for name in ("0", "1", "half", "both"))
     for linear in one:
         np.testing.assert_allclose(half[linear], -0.5 * one[linear], rtol=1e-4, atol=1e-5)
@@ -512,16 +512,16 @@ def test_linear_is_exact_for_one_and_far_off_for_two():
 def test_pissa_adapters_add_up_as_the_lora_that_they_are():
     model = with_adapter(new_model(), init="pissa")
     expected = model.forward(TOKENS)[0]
-    model.add_adapters({"default": 1.0}, "same")
+    model.combine_adapters({"default": 1.0}, "same")
     assert abs(model.forward(TOKENS)[0] - expected).max() < 1e-4 * abs(expected).max()
     model.quantize()
     with pytest.raises(ValueError, match="adapter 'default' sits on a quantised residual"):
-        model.add_adapters({"default": 1.0}, "again")
+        model.combine_adapters({"default": 1.0}, "again")
 
 
 def test_a_sum_can_be_saved(tmp_path):
     model = two_adapters()
-    model.add_adapters({"a": 0.7, "b": 0.3}, "c")
+    model.combine_adapters({"a": 0.7, "b": 0.3}, "c")
     model.save_adapter(tmp_path)
     again = new_model()
     again.load_adapter(tmp_path)
@@ -545,6 +545,6 @@ def test_what_cannot_be_added(factors, options, message):
     model = two_adapters()
     model.add_adapter("dora", rank=2, dora=True)
     with pytest.raises(ValueError, match=message):
-        model.add_adapters(factors, "c", **options)
+        model.combine_adapters(factors, "c", **options)
     with pytest.raises(ValueError, match="there is an adapter 'a' already"):
-        model.add_adapters({"a": 1}, "a")
+        model.combine_adapters({"a": 1}, "a")

@@ -11,7 +11,7 @@ import pytest
 
 from refqlora.commands import main
 from refqlora.parity.differences import relative_difference
-from refqlora.parity.kit import mistakes as definitions
+from refqlora.parity.kit import mistakes
 from refqlora.parity.kit.diagnosis import LORA_BOUND, MISTAKES, Trial, explain, positions
 from refqlora.parity.kit.examine import FUNCTIONS, examine, load_kernel, offered
 from refqlora.parity.kit.trials import trials
@@ -60,15 +60,15 @@ def test_the_mistake_of_a_wrong_kernel_is_found(name):
 @pytest.mark.parametrize("function", EXACT)
 def test_the_definition_is_right(function):
     """The diagnosis's own definition, written apart from the engine, against the vectors and the engine."""
-    assert report(function, getattr(definitions, function)).findings == ()
+    assert report(function, getattr(mistakes, function)).findings == ()
 
 
 @pytest.mark.parametrize("function", EXACT)
 def test_every_mistake_that_is_known_is_found_and_named(function):
-    for cause, mistakes in MISTAKES[function]:
+    for cause, changes in MISTAKES[function]:
 
-        def kernel(*arguments, mistakes=mistakes):
-            return getattr(definitions, function)(*arguments, **mistakes)
+        def kernel(*arguments, changes=changes):
+            return getattr(mistakes, function)(*arguments, **changes)
 
         causes = {finding.cause for finding in only(function, kernel) if "shape" not in finding.what}
         assert causes <= {cause}, (cause, causes)
@@ -88,7 +88,7 @@ def test_most_of_a_mistake_is_said_to_be_most():
     """Swapped nibbles, and one element changed besides."""
 
     def kernel(w, block_size):
-        packed, absmax = definitions.quantize(w, block_size, low_first=True)
+        packed, absmax = mistakes.quantize(w, block_size, low_first=True)
         packed[0] ^= 16
         return packed, absmax
 
@@ -179,6 +179,18 @@ def test_a_fault_is_named_with_its_case(fault):
     assert all("\n" not in str(finding) for finding in findings)
 
 
+def stacks(x, W, A, B, scale):
+    return np.stack([x, W])
+
+
+def test_a_crash_names_file_and_line():
+    """Of the kernel, also where NumPy raised it."""
+    for function, kernel in (("quantize", raises), ("lora_forward", stacks)):
+        line = kernel.__code__.co_firstlineno + 1
+        assert only(function, kernel)[0].what.endswith(f" ({__file__}, line {line})")
+    assert only("quantize", len)[0].what.endswith("(2 given)")  # a function without lines
+
+
 def test_causes_of_wrong_shapes():
     unpacked = [f for f in only("quantize", FAULTS["unpacked"][0]) if f.case != "one"]
     assert {finding.cause for finding in unpacked} == {"two codes go into a byte"}
@@ -223,7 +235,7 @@ def test_a_zero_block_s_absmax_may_be_the_least_divisor():
 def test_the_vectors_of_lora_are_what_autograd_says_of_the_formula():
     for function in ("lora_forward", "lora_backward"):
         for trial in trials(function):
-            made = getattr(definitions, function)(*trial.arguments)
+            made = getattr(mistakes, function)(*trial.arguments)
             made = made if isinstance(made, tuple) else (made,)
             for name, x in zip(trial.expected, made, strict=True):
                 assert relative_difference(x, trial.expected[name]) < 1e-7
@@ -283,6 +295,7 @@ def test_the_command_on_a_dotted_name(tmp_path):
         ("import no_such_module_at_all", "cannot be imported: ModuleNotFoundError"),
         ("def f(:", "cannot be imported: SyntaxError"),
         ("exit(0)", "cannot be imported: SystemExit"),
+        ("\n1 / 0", "cannot be imported: ZeroDivisionError: division by zero (KERNEL, line 2)"),
         (None, "no such file"),
     ],
 )
@@ -292,7 +305,7 @@ def test_a_module_that_cannot_be_used(content, words, tmp_path, capsys):
         path.write_text(content)
     assert main(["parity", "--against", str(path)]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert words.replace("KERNEL", str(path)) in error
     assert error.count("\n") == 1
 
 

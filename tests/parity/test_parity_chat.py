@@ -157,7 +157,7 @@ def test_prefixes_find_what_marks_say(kind, tmp_path):
 
 
 def test_a_broken_character_counts_whole_here(tmp_path):
-    """The one difference: of a last character that takes several tokens, their mask has the first only."""
+    """Before 5.24 transformers has only the first token of a last character that takes several."""
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     save(tmp_path, byte_level(), template)
     theirs, ours, tokenizer = both(tmp_path)
@@ -167,7 +167,7 @@ def test_a_broken_character_counts_whole_here(tmp_path):
     ids, counts = marked.tokenize(tokenizer)
     assert ids == whole["input_ids"]
     assert counts == [True] * len(ids)
-    assert whole["assistant_masks"] == [1, 1] + [0] * (len(ids) - 2)
+    assert whole["assistant_masks"] in ([1] * len(ids), [1, 1] + [0] * (len(ids) - 2))
     assert len(ids) > 2
 
 

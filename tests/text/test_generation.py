@@ -278,7 +278,7 @@ def test_it_ends_where_the_context_ends(model):
         ([], {}, "the prompt holds no token"),
         ([1] * 64, {}, "the prompt's 64 tokens fill the model's context of 64"),
         ([300], {}, "tokens: 300 is outside the vocabulary of 300"),
-        ([-1], {}, "token -1 is outside"),
+        ([-1], {}, "tokens: -1 is outside"),
         (PROMPT, {"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
         (PROMPT, {"temperature": float("nan")}, "temperature must be 0 or more, not nan"),
         (PROMPT, {"top_k": -1}, "top_k must be a whole number of 0 or more, not -1"),

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from ..differences import differing, relative_difference
-from . import mistakes as definitions
+from . import mistakes
 from .mistakes import TABLES, UNSIGNED
+from .tables import own_table
 
 F64, BF16, HALF = np.float64, ml_dtypes.bfloat16, np.float16
 LORA_BOUND = 1e-5  # relative to the largest element
@@ -49,7 +50,7 @@ def agree(function: str, name: str, found: np.ndarray, expected: np.ndarray) -> 
 def positions(name: str, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Where they differ, flat. An absmax of 0 may be stored as 1e-38, the least divisor, and the reverse."""
     if name in ("absmax", "nested_absmax"):
-        found, expected = (np.where(a == 0, definitions.TINY, a) for a in (found, expected))
+        found, expected = (np.where(a == 0, mistakes.TINY, a) for a in (found, expected))
     return differing(found, expected)
 
 
@@ -129,8 +130,8 @@ MISTAKES: dict[str, list[Mistake]] = {
 def explain(trials: Sequence[Trial]) -> dict[int, str]:
     """{number of a trial that differs: the likely cause}, of one exact function.
 
-    First the mistakes that explain every call at once are sought, then those that explain one. What is only nearly
-    explained is said to be so; "" where nothing comes near.
+    First come the mistakes that explain every call at once: one, a table of the kernel's own, or two. Then those that
+    explain a single call. What is only nearly explained is said to be so; "" where nothing comes near.
     """
     wrong = [i for i, trial in enumerate(trials) if trial.wrong()]
     if not wrong:
@@ -138,50 +139,48 @@ def explain(trials: Sequence[Trial]) -> dict[int, str]:
     by_size = sorted(wrong, key=lambda i: sum(x.size for x in trials[i].expected.values()))
     good = [i for i, trial in enumerate(trials) if trial.found and i not in wrong]
     function = trials[wrong[0]].function
-    for cause, mistakes in _suspects(function):
-        if all(_same(trials[i], mistakes) for i in by_size + good):
+    for cause, changes in itertools.chain(MISTAKES[function], own_table(trials), _pairs(function)):
+        if all(_same(trials[i], changes) for i in by_size + good):
             return dict.fromkeys(wrong, cause)
     return {i: _of_one(trials[i]) for i in wrong}
 
 
-def _suspects(function: str) -> Iterator[Mistake]:
-    """Each mistake by itself, then each two that go together."""
-    mistakes = MISTAKES[function]
-    yield from mistakes
-    for (cause, one), (other_cause, other) in itertools.combinations(mistakes, 2):
+def _pairs(function: str) -> Iterator[Mistake]:
+    """Each two mistakes that go together."""
+    for (cause, one), (other_cause, other) in itertools.combinations(MISTAKES[function], 2):
         if not one.keys() & other.keys():
             yield f"{cause}; and {other_cause}", one | other
 
 
 def _of_one(trial: Trial) -> str:
     small = sum(x.size for x in trial.expected.values()) < 1_000
-    for cause, mistakes in _suspects(trial.function) if small else MISTAKES[trial.function]:
-        if _same(trial, mistakes):
+    for cause, changes in itertools.chain(MISTAKES[trial.function], _pairs(trial.function) if small else ()):
+        if _same(trial, changes):
             return cause
     before, best, nearest = _share_off(trial, trial.expected), 1.0, ""
-    for cause, mistakes in MISTAKES[trial.function]:
-        made = _made(trial, mistakes)
+    for cause, changes in MISTAKES[trial.function]:
+        made = _made(trial, changes)
         off = 1.0 if made is None else _share_off(trial, made)
         if off < best:
             best, nearest = off, cause
     return f"mostly this: {nearest}" if best < before / 5 else ""
 
 
-def _made(trial: Trial, mistakes: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """What the definition gives with these mistakes; None where it cannot be computed."""
+def _made(trial: Trial, changes: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """What the definition gives with these changes; None where it cannot be computed."""
     if trial.function == "quantize_constants" and "offset" in trial.found:  # a mean may be off in its last bits
         close = agree("", "offset", trial.found["offset"], trial.expected["offset"])
-        mistakes = {"given": trial.found["offset"], **mistakes} if close else mistakes
+        changes = {"given": trial.found["offset"], **changes} if close else changes
     try:
-        made = getattr(definitions, trial.function)(*trial.arguments, **mistakes)
+        made = getattr(mistakes, trial.function)(*trial.arguments, **changes)
     except (IndexError, ValueError):
         return None
     made = made if isinstance(made, tuple) else (made,)
     return {name: np.asarray(x) for name, x in zip(trial.expected, made, strict=True)}
 
 
-def _same(trial: Trial, mistakes: dict[str, Any]) -> bool:
-    made = _made(trial, mistakes)
+def _same(trial: Trial, changes: dict[str, Any]) -> bool:
+    made = _made(trial, changes)
     return made is not None and all(agree(trial.function, name, trial.found[name], x) for name, x in made.items())
 
 
@@ -196,6 +195,9 @@ def _share_off(trial: Trial, made: dict[str, np.ndarray]) -> float:
 
 
 # ---- the LoRA linear: another formula for one of its outputs -------------------------------------------------
+
+
+_W = "W is taken for (in, out), so that it is not transposed; it is (out, in)"
 
 
 def _scales(s: float, r: int) -> dict[str, float]:
@@ -235,12 +237,12 @@ def _forward(x: Any, W: Any, A: Any, B: Any, scale: float, keep: Any = None, rat
         yield "y", cause, base + s * ((x * mask) @ A.T) @ B.T
     yield "y", "the scale is applied to x W^T as well", s * (base + z @ B.T)
     yield "y", "x W^T is missing", s * z @ B.T
+    yield "y", _W, x @ W.reshape(x.shape[1], -1) + s * z @ B.T
     yield "y", "A is reshaped to (in, r); it must be transposed", base + s * (x * right) @ A.reshape(-1, r) @ B.T
     yield "y", "B is reshaped to (r, out); it must be transposed", base + s * z @ B.reshape(r, -1)
     if keep is not None:
         yield "y", "dropout is applied to the input of W as well", (x * right) @ W.T + s * z @ B.T
     if W.shape[0] == W.shape[1]:
-        yield "y", "W is transposed", x @ W + s * z @ B.T
         yield "y", "A and B are transposed: x B A", base + s * (x * right) @ B @ A
 
 
@@ -262,12 +264,12 @@ def _backward(
         yield "dB", cause, s * dy.T @ ((x * mask) @ A.T)
     yield "dx", "the part of W, dy W, is missing", s * part
     yield "dx", "the scale is applied to dy W as well", s * (base + part)
+    yield "dx", _W, dy @ W.reshape(-1, W.shape[0]).T + s * part
     for name, right_one in (("dx", base + s * part), ("dA", s * dA), ("dB", s * dB)):
         yield name, "the mean over the rows; it must be the sum", right_one / n
         yield name, "divided by the number of outputs; dy is the gradient already", right_one / W.shape[0]
     yield "dA", "B is reshaped to (r, out), not transposed", s * (dy @ B.reshape(r, -1).T).T @ (x * right)
     if W.shape[0] == W.shape[1]:
-        yield "dx", "W is transposed", dy @ W.T + s * part
         yield "dx", "A and B are transposed", base + s * dy @ A.T @ B.T
         yield "dA", "A is where B must be", s * (dy @ A.T).T @ (x * right)
         yield "dB", "B is where A must be", s * dy.T @ ((x * right) @ B)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_kernel(name: str) -> ModuleType:
     except FileNotFoundError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}") from None
+        raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}{_place(error)}") from None
     if not offered(module):
         raise ValueError(f"{name}: has none of the functions {', '.join(FUNCTIONS)}")
     return module
@@ -123,7 +124,7 @@ def _call(function: Any, trial: Trial) -> None:
         with np.errstate(all="ignore"), contextlib.redirect_stdout(sys.stderr):
             found = function(*arguments)
     except (Exception, SystemExit) as error:
-        trial.fault = f"raised {in_one_line(error, ())}"
+        trial.fault = f"raised {in_one_line(error, ())}{_place(error)}"
         return
     for i, (given, was) in enumerate(zip(arguments, before, strict=True)):
         if isinstance(given, np.ndarray) and not np.array_equal(given, was):
@@ -144,6 +145,14 @@ def _call(function: Any, trial: Trial) -> None:
         # A mean may differ in its last bits, and all else follows from it: hold the rest against theirs.
         codes, nested_absmax, _ = quantize_constants(trial.arguments[0], offset=np.float32(trial.found["offset"]))
         trial.expected |= {"codes": codes, "nested_absmax": nested_absmax}
+
+
+def _place(error: BaseException) -> str:
+    """The line of the kernel's own file that raised it, or called what did; "" for a kernel without lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _accept(trial: Trial, name: str, output: Any, outputs: Sequence[Any]) -> None:

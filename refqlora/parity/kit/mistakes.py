@@ -56,6 +56,7 @@ def quantize(
     tie: str = "lower",
     midpoints: Any = F32,
     nearest: str = "threshold",
+    thresholds: np.ndarray | None = None,
     scaling: str = "reciprocal",
     tail: str = "divided",
     least: str = "1e-38",
@@ -72,7 +73,7 @@ def quantize(
     """-> packed uint8 (ceil(n / 2),), absmax float32 (blocks,)."""
     dtype = w.dtype if arithmetic is None else np.dtype(arithmetic)
     flat = (w.ravel(order=order) if order != "C" else np.ascontiguousarray(w).reshape(-1)).astype(dtype)
-    rows, counts = _blocks(flat, w.shape, block_size, blocks)
+    rows, counts = in_blocks(flat, w.shape, block_size, blocks)
     with np.errstate(all="ignore"):
         a = _absmax(rows, counts, absmax).astype(constants).astype(dtype)
         divisor = a
@@ -88,12 +89,14 @@ def quantize(
             scaled = over
         else:
             scaled = np.where(full | (tail == "multiplied"), times, over)
-    codes = _codes(scaled.astype(np.float64 if scaling == "float64" else F32), table, tie, midpoints, nearest, nan)
+    how = (table, tie, midpoints, nearest, thresholds)
+    codes = _codes(scaled.astype(np.float64 if scaling == "float64" else F32), *how, nan)
     if tail == "left out":
         codes = np.where(full, codes, 0)
     codes = codes[np.arange(block_size) < counts[:, None]].astype(np.uint8)
     if codes.size % 2:
-        zero = _codes(np.zeros((1, 1)), table, "lower", F32, "threshold", 0)[0, 0] if filling is None else filling
+        how = (table, "lower", F32, "threshold", thresholds)
+        zero = _codes(np.zeros((1, 1)), *how, 0)[0, 0] if filling is None else filling
         codes = np.append(codes, zero).astype(np.uint8)
     first, second = (codes[1::2], codes[0::2]) if low_first else (codes[0::2], codes[1::2])
     out = (divisor if least == "1" else a).astype(F32)
@@ -103,7 +106,7 @@ def quantize(
         return first << 4 | second, out.astype(stored).astype(F32)
 
 
-def _blocks(flat: np.ndarray, shape: tuple[int, ...], size: int, blocks: str) -> tuple[np.ndarray, np.ndarray]:
+def in_blocks(flat: np.ndarray, shape: tuple[int, ...], size: int, blocks: str) -> tuple[np.ndarray, np.ndarray]:
     """The blocks, filled up with zeros, (blocks, size), and how many elements each has, (blocks,)."""
     row = flat.size if blocks == "flat" else shape[-1]
     a_row = -(-row // size)
@@ -122,7 +125,9 @@ def _absmax(rows: np.ndarray, counts: np.ndarray, kind: str) -> np.ndarray:
     return np.abs(rows).max(axis=1)
 
 
-def _codes(scaled: np.ndarray, table: np.ndarray, tie: str, midpoints: Any, nearest: str, nan: int) -> np.ndarray:
+def _codes(
+    scaled: np.ndarray, table: np.ndarray, tie: str, midpoints: Any, nearest: str, thresholds: Any, nan: int
+) -> np.ndarray:
     by_value = np.argsort(table, kind="stable").astype(np.uint8)
     values = table[by_value]
     if nearest == "distance":
@@ -130,8 +135,9 @@ def _codes(scaled: np.ndarray, table: np.ndarray, tie: str, midpoints: Any, near
     elif nearest == "floor":  # truncated, not rounded
         codes = by_value[np.clip(np.searchsorted(values, scaled, side="right") - 1, 0, 15)]
     else:
-        wide = values.astype(midpoints)
-        thresholds = (wide[1:] + wide[:-1]) / midpoints(2)
+        if thresholds is None:
+            wide = values.astype(midpoints)
+            thresholds = (wide[1:] + wide[:-1]) / midpoints(2)
         codes = by_value[np.searchsorted(thresholds, scaled, side="left" if tie == "lower" else "right")]
     return np.where(np.isnan(scaled), np.uint8(nan), codes)
 
@@ -198,7 +204,7 @@ def quantize_constants(
     mean = F32(taken(absmax.astype(np.float64))) if given is None or offset != "mean" else F32(given)
     x = absmax - mean
     size = block or x.size
-    rows, counts = _blocks(x, x.shape, size, "flat")
+    rows, counts = in_blocks(x, x.shape, size, "flat")
     a = np.abs(rows).max(axis=1)
     divisor = np.maximum(a, TINY)[:, None]
     full = (counts == size)[:, None] & (scaling == "reciprocal")

@@ -9,14 +9,14 @@ import numpy as np
 from ...codebooks import DYNAMIC
 from ...files.reading import read_tensors
 from ...quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize
-from ..cases import awkward_cases, large_cases, random_cases
+from ..cases import WEIGHT_DTYPES, awkward_cases, large_cases, random_cases
 from ..checks import VECTORS
 from ..quantization import cases, constants_cases
 from .diagnosis import Trial
 from .mistakes import NF4
 
 Vectors = dict[str, np.ndarray]
-FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = tuple(dtype.name for dtype in WEIGHT_DTYPES)
 
 
 def trials(

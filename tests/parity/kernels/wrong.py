@@ -140,6 +140,13 @@ def numpys_table():
 
 
 FOUR_DECIMALS = np.round(NF4.astype(np.float64), 4).astype(F32)
+ENTRY_3, ENTRY_12 = NF4.copy(), NF4.copy()
+ENTRY_3[3], ENTRY_12[12] = -0.3, np.nextafter(NF4[12], F32(1))
+LAST = np.append(NF4[:-1], F32(0.99))
+EVEN_16 = np.linspace(-1, 1, 16, dtype=F32)
+EVEN = np.linspace(-1, 1, 17, dtype=F32)[1:-1]
+SHIFTED = (NF4[1:] + NF4[:-1]) / 2
+SHIFTED[4] += F32(0.01)
 INT4 = (np.arange(-8, 8) / 7).astype(F32)
 
 
@@ -172,8 +179,12 @@ def forward(factor):
     return lambda x, W, A, B, scale: x @ W.T + factor(scale, len(A)) * (x @ A.T @ B.T)
 
 
-def forward_transposed(x, W, A, B, scale):
-    return x @ W + scale * (x @ A.T @ B.T)
+def forward_untransposed(x, W, A, B, scale):
+    return x @ W + scale * (x @ A.T @ B.T)  # no error only where in = out
+
+
+def forward_misread(x, W, A, B, scale):
+    return forward_untransposed(x, W.reshape(x.shape[1], -1), A, B, scale)
 
 
 def forward_reshaped(x, W, A, B, scale):
@@ -224,9 +235,22 @@ KERNELS = {
     "numpy's linspace": ({"quantize": quantizer(lambda x: nearest(x, numpys_table()))}, "numpy.linspace"),
     "four decimals": ({"quantize": quantizer(lambda x: nearest(x, FOUR_DECIMALS))}, "rounded to four decimals"),
     "int4": ({"quantize": quantizer(lambda x: nearest(x, INT4))}, "int4, (code - 8) / 7"),
+    "one entry": (
+        {"quantize": quantizer(lambda x: nearest(x, ENTRY_3))},
+        "entry 3 of the table is about -0.3; it must",
+    ),
+    "even thresholds": ({"quantize": quantizer(lambda x: np.searchsorted(EVEN, x))}, "evenly spaced, 0.125 apart"),
+    "one threshold": (
+        {"quantize": quantizer(lambda x: np.searchsorted(SHIFTED, x))},
+        "a threshold is wrong: about -0.2246 where -0.2346074 is the midpoint",
+    ),
+    "last value": ({"quantize": quantizer(lambda x: nearest(x, LAST))}, "a threshold is wrong: about 0.856"),
     "two mistakes": ({"quantize": ties_up_and_swapped}, "a tie goes up; it must take the lower code; and the two"),
     "back, swapped nibbles": ({"dequantize": dequantizer(high=lambda p: p & 15, low=lambda p: p >> 4)}, "are swapped"),
     "back, four decimals": ({"dequantize": dequantizer(FOUR_DECIMALS)}, "rounded to four decimals"),
+    "back, one entry": ({"dequantize": dequantizer(ENTRY_3)}, "entry 3 of the table is -0.3; it must be -0.3949175"),
+    "back, one bit": ({"dequantize": dequantizer(ENTRY_12)}, "entry 12 of the table is 0.4407"),
+    "back, a learnt table": ({"dequantize": dequantizer(np.cbrt(EVEN_16))}, "the table is not NF4 but -1, -0.9"),
     "back, float16 absmax": ({"dequantize": dequantizer(constants=np.float16)}, "absmax is rounded to float16"),
     "no offset": ({"quantize_constants": no_offset}, "the offset is missing"),
     "linear int8": ({"quantize_constants": linear_int8}, "linear int8"),
@@ -234,7 +258,12 @@ KERNELS = {
     "no scale": ({"lora_forward": forward(lambda s, r: 1)}, "the scale is missing"),
     "scale twice": ({"lora_forward": forward(lambda s, r: s * s)}, "the scale is applied twice"),
     "alpha": ({"lora_forward": forward(lambda s, r: s * r)}, "scaled by alpha"),
-    "W transposed": ({"lora_forward": forward_transposed}, "W is transposed"),
+    "W not transposed": ({"lora_forward": forward_untransposed}, "W is taken for (in, out)"),
+    "W read as (in, out)": ({"lora_forward": forward_misread}, "W is taken for (in, out)"),
+    "W transposed in dx": (
+        {"lora_backward": lambda dy, x, W, A, B, s: (dy @ W.T + s * dy @ B @ A, *lora_backward(dy, x, W, A, B, s)[1:])},
+        "W is taken for (in, out)",
+    ),
     "A reshaped": ({"lora_forward": forward_reshaped}, "A is reshaped"),
     "bfloat16": ({"lora_forward": forward_bfloat16}, "computed in bfloat16"),
     "dx of W only": (

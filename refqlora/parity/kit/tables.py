@@ -1,0 +1,98 @@
+"""A kernel's own table, read off what it gave: one wrong entry, or thresholds that are no midpoints, named as such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...codebooks import NF4
+from .mistakes import F32, TINY, in_blocks
+
+if TYPE_CHECKING:
+    from .diagnosis import Mistake, Trial
+
+MIDPOINTS = (NF4[1:] + NF4[:-1]) / F32(2)  # (15,): code k holds up to MIDPOINTS[k], that included
+
+
+def own_table(trials: Sequence[Trial]) -> list[Mistake]:
+    """What explains these calls of quantize or dequantize if the kernel has a table of its own; [] or one."""
+    called = [trial for trial in trials if trial.found]
+    return {"quantize": _thresholds, "dequantize": _values}.get(called[0].function, lambda _: [])(called)
+
+
+def _values(called: Sequence[Trial]) -> list[Mistake]:
+    """From weights (n,) whose absmax is 1: they are the table's values."""
+    table = NF4.copy()
+    for trial in called:
+        packed, absmax, block_size, shape = trial.arguments
+        n = int(np.prod(shape))
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
+        plain = np.repeat(absmax == 1, block_size)[:n]
+        table[codes[plain]] = trial.found["weights"].reshape(-1)[plain]
+    off = np.flatnonzero(table != NF4)
+    if not off.size:
+        return []
+    entries = [f"entry {k} of the table is {table[k]:.7g}; it must be {NF4[k]:.7g}" for k in off]
+    return [("; ".join(entries) if off.size <= 2 else f"the table is not NF4 but {_listed(table)}", {"table": table})]
+
+
+def _thresholds(called: Sequence[Trial]) -> list[Mistake]:
+    """From the largest scaled weight that got a code and the least that got the next one: between them it changes."""
+    largest, least = np.full(16, -np.inf), np.full(16, np.inf)
+    for trial in called:
+        x = _scaled(*trial.arguments)
+        packed = trial.found["packed"]
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: x.size]
+        np.maximum.at(largest, codes, x)
+        np.minimum.at(least, codes, x)
+    low = np.maximum.accumulate(largest)[:-1]  # (15,): code k or a lower one holds up to here at least
+    high = np.minimum.accumulate(least[::-1])[::-1][1:]  # (15,): and here no longer
+    moved = (low > MIDPOINTS) | (high <= MIDPOINTS)
+    if not moved.any() or not np.isfinite([low, high]).all() or (low >= high).any():
+        return []
+    cause = _evenly_spaced(low, high) or _entry(low, high, moved) or _listed_thresholds(low, moved)
+    return [(cause, {"thresholds": np.where(moved, low, MIDPOINTS).astype(F32)})]
+
+
+def _scaled(w: np.ndarray, block_size: int) -> np.ndarray:
+    """What the codes are of, flat: (n,) of float32."""
+    rows, counts = in_blocks(np.ascontiguousarray(w).reshape(-1).astype(F32), w.shape, block_size, "flat")
+    divisor = np.maximum(np.abs(rows).max(axis=1), TINY)[:, None]
+    full = (counts == block_size)[:, None]
+    return np.where(full, rows * (F32(1) / divisor), rows / divisor).reshape(-1)[: w.size]
+
+
+def _evenly_spaced(low: np.ndarray, high: np.ndarray) -> str:
+    step, first = np.polyfit(np.arange(15), (low + high) / 2, 1)
+    line, slack = first + step * np.arange(15), min(0.01, (high - low).max())
+    if (line < low - slack).any() or (line > high + slack).any():
+        return ""
+    return (
+        f"the thresholds are evenly spaced, {step:.4g} apart; they must be the midpoints of neighbouring values of NF4"
+    )
+
+
+def _entry(low: np.ndarray, high: np.ndarray, moved: np.ndarray) -> str:
+    """One value of the table moves the midpoints on its two sides, each by half as much."""
+    sides = np.flatnonzero(moved)
+    if len(sides) != 2 or sides[1] != sides[0] + 1:
+        return ""
+    k = int(sides[1])
+    least = max(2 * low[k - 1] - NF4[k - 1], 2 * low[k] - NF4[k + 1])
+    most = min(2 * high[k - 1] - NF4[k - 1], 2 * high[k] - NF4[k + 1])
+    if least > most:
+        return ""
+    return f"entry {k} of the table is about {(least + most) / 2:.4g}; it must be {NF4[k]:.7g}"
+
+
+def _listed_thresholds(low: np.ndarray, moved: np.ndarray) -> str:
+    if moved.sum() > 3:
+        return f"the thresholds are not the midpoints of NF4's values but about {_listed(low)}"
+    wrong = [f"about {low[k]:.4g} where {MIDPOINTS[k]:.7g} is the midpoint" for k in np.flatnonzero(moved)]
+    return f"a threshold is wrong: {', '.join(wrong)}"
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(f"{x:.4g}" for x in values)

@@ -1,0 +1,130 @@
+"""Regular expressions matched without backtracking: a pattern comes from a file, and none can hang.
+
+Python's `re` tries one way to match after another, and (((.*)*)*)*! has exponentially many. Here all ways are followed
+at once (Thompson 1968): each part of a pattern leads from the place where it begins to the set of places where it may
+end, and is asked once for each place. The time is polynomial, in the pattern's length and in the text's.
+
+`re` parses the pattern. What a group has matched is not kept, so that back references are refused; so are flags, and
+the possessive and atomic groups that exist to limit backtracking.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from re import _constants as c  # type: ignore[attr-defined]
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
+
+Ends = Callable[[str, int], set[int]]  # of a text and the place where a part begins: where it may end
+
+MAX_LENGTH, MAX_DEPTH = 1000, 50
+_AT = {
+    c.AT_BEGINNING: "^", c.AT_BEGINNING_STRING: r"\A", c.AT_END: "$", c.AT_END_STRING: r"\Z", c.AT_BOUNDARY: r"\b",
+    c.AT_NON_BOUNDARY: r"\B",
+}  # fmt: skip
+_CATEGORIES = {
+    c.CATEGORY_DIGIT: r"\d", c.CATEGORY_NOT_DIGIT: r"\D", c.CATEGORY_SPACE: r"\s", c.CATEGORY_NOT_SPACE: r"\S",
+    c.CATEGORY_WORD: r"\w", c.CATEGORY_NOT_WORD: r"\W",
+}  # fmt: skip
+
+
+def full_match(pattern: str, text: str) -> bool:
+    """Whether the pattern matches the whole text, as `re.fullmatch` does."""
+    return len(text) in _compiled(pattern)(text, 0)
+
+
+@lru_cache(maxsize=1 << 16)
+def name_match(pattern: str, name: str) -> bool:
+    """Whether the pattern matches a dotted name from its start, or from behind one of its dots, to its end."""
+    starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+    return any(len(name) in _compiled(pattern)(name, start) for start in starts)
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError that says what is wrong with the pattern, if something is."""
+    _compiled(pattern)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Ends:
+    if len(pattern) > MAX_LENGTH:
+        raise ValueError(f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
+    try:
+        parsed = _parser.parse(pattern)
+    except (re.error, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
+    if parsed.state.flags & ~re.UNICODE:
+        raise ValueError("flags are not supported")
+    return _sequence(parsed, 0)
+
+
+def _sequence(parts: Iterable[tuple[Any, Any]], depth: int) -> Ends:
+    """One part after the other: each begins wherever the one before it may end."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    steps = [lru_cache(_part(kind, value, depth + 1)) for kind, value in parts]
+
+    def ends(text: str, start: int) -> set[int]:
+        places = {start}
+        for step in steps:
+            places = _union(step, text, places)
+        return places
+
+    return lru_cache(ends)
+
+
+def _union(ends: Ends, text: str, starts: set[int]) -> set[int]:
+    return set().union(*(ends(text, start) for start in starts))
+
+
+def _part(kind: Any, value: Any, depth: int) -> Ends:
+    """One part of a parsed pattern, by what `re` calls its kind."""
+    if kind in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN, c.CATEGORY, c.RANGE):
+        return lambda text, i: {i + 1} if i < len(text) and _takes(kind, value, text[i]) else set()
+    if kind is c.AT:
+        anchor = re.compile(_AT[value])
+        return lambda text, i: {i} if anchor.match(text, i) else set()
+    if kind is c.BRANCH:
+        branches = [_sequence(branch, depth) for branch in value[1]]
+        return lambda text, i: set().union(*(branch(text, i) for branch in branches))
+    if kind is c.SUBPATTERN and not value[1] and not value[2]:
+        return _sequence(value[3], depth)
+    if kind in (c.MAX_REPEAT, c.MIN_REPEAT):
+        return _repeat(value[0], value[1], _sequence(value[2], depth))
+    if kind in (c.ASSERT, c.ASSERT_NOT):
+        inner = _sequence(value[1], depth)
+        back = 0 if value[0] > 0 else value[1].getwidth()[0]  # behind, a pattern has one width
+        return lambda text, i: {i} if (i >= back and bool(inner(text, i - back))) == (kind is c.ASSERT) else set()
+    raise ValueError(f"{str(kind).lower()} is not supported")
+
+
+def _repeat(low: int, high: int, body: Ends) -> Ends:
+    def ends(text: str, start: int) -> set[int]:
+        places, found = {start}, set[int]()
+        for count in range(high + 1):
+            if count >= low:
+                places = places - found  # from the others it has gone on already
+                found |= places
+            following = _union(body, text, places)
+            if not following or (count < low and following == places):  # nothing more, or the same for ever
+                return found | following
+            places = following
+        return found
+
+    return ends
+
+
+def _takes(kind: Any, value: Any, letter: str) -> bool:
+    """Whether one character is what a part of one character wants."""
+    if kind is c.IN:
+        negated = value[0][0] is c.NEGATE
+        return any(_takes(*one, letter) for one in value[negated:]) != negated
+    if kind is c.RANGE:
+        return value[0] <= ord(letter) <= value[1]
+    if kind is c.CATEGORY:
+        return re.match(_CATEGORIES[value], letter) is not None
+    return letter != "\n" if kind is c.ANY else (ord(letter) == value) == (kind is c.LITERAL)
