@@ -59,9 +59,7 @@ class LoraConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         if not isinstance(self.init, str) or not _INIT.fullmatch(self.init):
-            raise ValueError(
-                f"init: expected {', '.join(INITS)} or pissa_niter_N, N below 1000, got {shown(self.init)}"
-            )
+            raise ValueError(f"init: expected {', '.join(INITS)} or pissa_niter_N, N below 1000, got {shown(self.init)}")
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
             object.__setattr__(self, "targets", "all-linear")
         for name in ("targets", "exclude"):
@@ -160,18 +158,14 @@ class LoraConfig:
         ):
             if isinstance(wanted, str):
                 if wanted not in ("", "all-linear") and not any(full_match(wanted, name) for name in names):
-                    said.append(
-                        f"{option}: {shown(wanted)}, a regular expression for the whole name, matches no linear"
-                    )
+                    said.append(f"{option}: {shown(wanted)}, a regular expression for the whole name, matches no linear")
             else:
                 idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
                 said += [f"{option}: {shown(one)} matches no linear; there are: {kinds}" for one in idle]
         if not self.targets:
             said.append("targets: expected a linear, got none")
         layers = {self._layer(name) for name in linears} - {None}
-        said += [
-            f"layers: there is no layer {shown(i)} in {sorted(layers)}" for i in self.layers or () if i not in layers
-        ]
+        said += [f"layers: there is no layer {shown(i)} in {sorted(layers)}" for i in self.layers or () if i not in layers]
         found = self._found(linears)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):

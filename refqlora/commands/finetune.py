@@ -128,17 +128,14 @@ def finetune(
             with progress(f"held-out loss {when}", len(eval_set), console.quiet) as bar:
                 return evaluate(model, eval_set, config.micro_batch_size or config.batch_size, bar)
 
-        try:
-            model.set_adapter(None)
-            before = held_out_loss("before")  # a new adapter changes nothing, so this is its loss too
-            model.set_adapter("default")
-            with progress("fine-tuning", config.steps, console.quiet) as bar:
-                rows = train(model, train_set, config, held_out=eval_set or None, out=out, resume=resume, on_step=bar)
-            model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
-            after = held_out_loss("after")
-            sample = write_sample(model, tokenizer, eval_set if len(eval_set) else train_set)
-        except MemoryError as error:
-            raise MemoryError(f"memory is used up ({error}): {LESS}") from None
+        model.set_adapter(None)
+        before = held_out_loss("before")  # a new adapter changes nothing, so this is its loss too
+        model.set_adapter("default")
+        with progress("fine-tuning", config.steps, console.quiet) as bar:
+            rows = train(model, train_set, config, held_out=eval_set or None, out=out, resume=resume, on_step=bar)
+        model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
+        after = held_out_loss("after")
+        sample = write_sample(model, tokenizer, eval_set if len(eval_set) else train_set)
         curve = held_out_losses(rows, before.loss, after.loss) if before and after else {}
         loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
         if before and after:
@@ -193,7 +190,7 @@ def fitted(model: Model, config: TrainingConfig, length: int, console: Console) 
     how += ", each layer computed again in the backward" if plan.recompute else ""
     left = "" if free is None else f"; {size_text(free)} are free"
     if plan.nbytes > room:
-        raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}: {LESS}")
+        raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}")
     held = sum(p.nbytes for p in (*model.params.values(), *model.trainable().values()))
     console.print(
         f"memory: {size_text(held)} for the model, {size_text(plan.nbytes)} more for a step of {how}{left}",
@@ -302,19 +299,22 @@ def run(a: argparse.Namespace) -> None:
         "rank_pattern": dict(a.rank_pattern or ()),
         "alpha_pattern": dict(a.alpha_pattern or ()),
     }
-    facts = finetune(
-        a.data,
-        a.out,
-        console(a),
-        base=a.model,
-        quantize=not a.no_quantize,
-        adapter=adapter,
-        training={"steps": a.steps or 1, **{option: getattr(a, option) for option in same}},
-        epochs=a.epochs if a.epochs is not None else 3.0 if a.steps is None else None,
-        max_length=a.max_length,
-        held_out=a.held_out,
-        resume=a.resume,
-    )
+    try:
+        facts = finetune(
+            a.data,
+            a.out,
+            console(a),
+            base=a.model,
+            quantize=not a.no_quantize,
+            adapter=adapter,
+            training={"steps": a.steps or 1, **{option: getattr(a, option) for option in same}},
+            epochs=a.epochs if a.epochs is not None else 3.0 if a.steps is None else None,
+            max_length=a.max_length,
+            held_out=a.held_out,
+            resume=a.resume,
+        )
+    except MemoryError as error:
+        raise MemoryError(f"{error or 'memory is used up'}: {LESS}") from None
     report(a, facts)
 
 
