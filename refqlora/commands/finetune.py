@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,18 @@ def tokenized(
     return train_set, tokenize_examples(held_out_part, tokenizer, max_length, eos_id)
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that training needs."""
+
+    model: Model
+    tokenizer: Tokenizer
+    train_set: Dataset
+    held_out: Dataset | None
+    config: TrainingConfig
+    chat: bool  # the data are conversations
+
+
 def finetune(
     data: Path,
     out: Path,
@@ -86,95 +98,94 @@ def finetune(
     check_place(out, resume)
     with locked(out):
         check_place(out, resume)  # now that no other process writes there
-        directory = model_directory(base)
-        late = LoraConfig(**adapter).changes_base  # PiSSA and OLoRA take the dense weights apart: quantised after that
-        model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
-        tokenizer, eos = load_tokenizer(directory, model.config.vocab_size), _end(model)
-        if eos is None or tokenizer.id_to_token(eos) is None:
-            raise ValueError(
-                f"{base}: a token must end every text: the model's eos_token_id is {model.config.eos_token_id}"
-            )
-        context = model.config.max_positions
-        max_length = min(MAX_LENGTH, context) if max_length is None else max_length
-        if not 2 <= max_length <= context:
-            raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
-        seed = training.get("seed", 0)
-        items = read_data(data, load_chat_template(directory, tokenizer, eos))
-        train_set, eval_set = tokenized(items, tokenizer, eos, max_length, held_out, seed)
-        if truncated := train_set.truncated + eval_set.truncated:
-            console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
-        model.add_adapter(**adapter, seed=seed)
-        if quantize:
-            model.quantize()
-        if epochs is not None:
-            training = {**training, "steps": _steps(epochs, len(train_set), training)}
         if (
             resume and training.get("micro_batch_size") is None
         ):  # as it was, whatever fits now: it decides the last bits
             training = {**training, "micro_batch_size": read_identity(out / CHECKPOINT).get("micro_batch_size")}
-        config = TrainingConfig(**training)
-
-        trainable = sum(p.size for p in model.trainable().values())
-        console.print(
-            f"{len(train_set):,} sequences ({train_set.counted_tokens:,} tokens count), {len(eval_set):,} held out; "
-            f"{trainable:,} trainable parameters; {config.steps:,} steps of {config.batch_size}",
-            highlight=False,
-        )
-        config = fitted(model, config, max(map(len, (*train_set.tokens, *eval_set.tokens))), console)
-
-        def held_out_loss(when: str) -> Evaluation | None:
-            if not len(eval_set):
-                return None
-            with progress(f"held-out loss {when}", len(eval_set), console.quiet) as bar:
-                return evaluate(model, eval_set, config.micro_batch_size or config.batch_size, bar)
-
+        job = prepare(data, console, base, quantize, adapter, training, epochs, max_length, held_out)
+        model, config = job.model, job.config
         model.set_adapter(None)
-        before = held_out_loss("before")  # a new adapter changes nothing, so this is its loss too
+        before = measure(job, "before", console)  # a new adapter changes nothing, so this is its loss too
         model.set_adapter("default")
         with progress("fine-tuning", config.steps, console.quiet) as bar:
-            rows = train(model, train_set, config, held_out=eval_set or None, out=out, resume=resume, on_step=bar)
+            rows = train(model, job.train_set, config, held_out=job.held_out, out=out, resume=resume, on_step=bar)
         model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
-        after = held_out_loss("after")
-        sample = write_sample(model, tokenizer, eval_set if len(eval_set) else train_set)
+        after = measure(job, "after", console)
         curve = held_out_losses(rows, before.loss, after.loss) if before and after else {}
         loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
-        if before and after:
-            console.print(
-                f"held-out loss {before.loss:.4f} before, {after.loss:.4f} after (nats a token)", highlight=False
-            )
-            if after.loss > before.loss:
-                warnings.warn(
-                    f"the held-out loss rose from {before.loss:.4f} to {after.loss:.4f}: the adapter is worse than none; "
-                    "train on more text, or with fewer steps or a lower learning rate",
-                    stacklevel=2,
-                )
-        else:
-            console.print(
-                f"training loss {rows[0]['loss']:.4f} at first, {rows[-1]['loss']:.4f} at last", highlight=False
-            )
-        written = "adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
-        console.print(f"wrote {out}/: {written}", highlight=False, markup=False)
-        chat = isinstance(items[0], Conversation)
-        command = generate_command(out, None if base == BUNDLED else base, quantize, None if chat else sample["prompt"])
-        show_sample(sample, command, console)
-        return {
-            "steps": config.steps,
-            "trainable_parameters": trainable,
-            "training_tokens": train_set.counted_tokens,
-            "held_out_loss": before and after and {"before": before.loss, "after": after.loss},
-            "held_out_bits_per_byte": before
-            and after
-            and {"before": before.bits_per_byte, "after": after.bits_per_byte},
-            "sample": sample,
-            "generate": command,
-        }
+        sample = write_sample(model, job.tokenizer, job.held_out or job.train_set)
+    prompt = None if job.chat else sample["prompt"]
+    facts = {
+        "steps": config.steps,
+        "trainable_parameters": sum(p.size for p in model.trainable().values()),
+        "training_tokens": job.train_set.counted_tokens,
+        "training_loss": {"first": rows[0]["loss"], "last": rows[-1]["loss"]},
+        "held_out_loss": before and after and {"before": before.loss, "after": after.loss},
+        "held_out_bits_per_byte": before and after and {"before": before.bits_per_byte, "after": after.bits_per_byte},
+        "sample": sample,
+        "generate": generate_command(out, None if base == BUNDLED else base, quantize, prompt),
+    }
+    tell(facts, out, console)
+    return facts
 
 
-def _end(model: Model) -> int | None:
-    """The token that ends a text: the first, if there are several; None if the vocabulary does not have it."""
-    eos = model.config.eos_token_id
-    first = eos[0] if isinstance(eos, tuple) and eos else eos
-    return first if isinstance(first, int) and 0 <= first < model.config.vocab_size else None
+def check_place(out: Path, resume: bool) -> None:
+    """Raise ValueError or FileNotFoundError unless a run may begin, or with `resume` go on, in the directory `out`."""
+    check_start(out, resume)
+    for name in (CHECKPOINT, adapter_files.WEIGHTS, adapter_files.CONFIG):
+        if not resume and (out / name).exists():
+            raise ValueError(
+                f"{out / name}: an adapter has been trained here: choose another --out, or see its figures again with "
+                "--resume"
+            )
+
+
+def prepare(
+    data: Path,
+    console: Console,
+    base: str | Path,
+    quantize: bool,
+    adapter: dict[str, Any],
+    training: dict[str, Any],
+    epochs: float | None,
+    max_length: int | None,
+    held_out: float,
+) -> Job:
+    """Load the model and the data, put the adapter on, plan the memory, and say what there is."""
+    directory = model_directory(base)
+    late = LoraConfig(**adapter).changes_base  # PiSSA and OLoRA take the dense weights apart: quantised after that
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
+    ends = model.config.eos_token_id
+    eos = ends[0] if isinstance(ends, tuple) and ends else ends  # the first of them ends the texts to be learnt
+    if not isinstance(eos, int) or not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
+        raise ValueError(f"{base}: a token must end every text: the model's eos_token_id is {ends}")
+    context = model.config.max_positions
+    max_length = min(MAX_LENGTH, context) if max_length is None else max_length
+    if not 2 <= max_length <= context:
+        raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
+    seed = training.get("seed", 0)
+    items = read_data(data, load_chat_template(directory, tokenizer, eos))
+    train_set, eval_set = tokenized(items, tokenizer, eos, max_length, held_out, seed)
+    if truncated := train_set.truncated + eval_set.truncated:
+        console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
+    model.add_adapter(**adapter, seed=seed)
+    if quantize:
+        model.quantize()
+    if epochs is not None:
+        steps = epochs * len(train_set) / training.get("batch_size", TrainingConfig.batch_size)
+        if not 0 < steps < 1e12:
+            raise ValueError(f"epochs: expected a number above 0 and of at most {10**12:,} steps, got {epochs}")
+        training = {**training, "steps": max(1, round(steps))}
+    config = TrainingConfig(**training)
+    console.print(
+        f"{len(train_set):,} sequences ({train_set.counted_tokens:,} tokens count), {len(eval_set):,} held out; "
+        f"{sum(p.size for p in model.trainable().values()):,} trainable parameters; "
+        f"{config.steps:,} steps of {config.batch_size}",
+        highlight=False,
+    )
+    config = fitted(model, config, max(map(len, (*train_set.tokens, *eval_set.tokens))), console)
+    return Job(model, tokenizer, train_set, eval_set or None, config, isinstance(items[0], Conversation))
 
 
 def fitted(model: Model, config: TrainingConfig, length: int, console: Console) -> TrainingConfig:
@@ -200,22 +211,30 @@ def fitted(model: Model, config: TrainingConfig, length: int, console: Console) 
     return replace(config, micro_batch_size=micro_batch, recompute=plan.recompute)
 
 
-def check_place(out: Path, resume: bool) -> None:
-    """Raise ValueError or FileNotFoundError unless a run may begin, or with `resume` go on, in the directory `out`."""
-    check_start(out, resume)
-    for name in (CHECKPOINT, adapter_files.WEIGHTS, adapter_files.CONFIG):
-        if not resume and (out / name).exists():
-            raise ValueError(
-                f"{out / name}: an adapter has been trained here: choose another --out, or see its figures again with "
-                "--resume"
-            )
+def measure(job: Job, when: str, console: Console) -> Evaluation | None:
+    """The held-out loss, with a bar; None where nothing is held out."""
+    if job.held_out is None:
+        return None
+    with progress(f"held-out loss {when}", len(job.held_out), console.quiet) as bar:
+        return evaluate(job.model, job.held_out, job.config.micro_batch_size or job.config.batch_size, bar)
 
 
-def _steps(epochs: float, sequences: int, training: dict[str, Any]) -> int:
-    steps = epochs * sequences / training.get("batch_size", TrainingConfig.batch_size)
-    if not 0 < steps < 1e12:
-        raise ValueError(f"epochs: expected a number above 0 and of at most {10**12:,} steps, got {epochs}")
-    return max(1, round(steps))
+def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
+    """Print what has come of it."""
+    if held_out := facts["held_out_loss"]:
+        said = f"held-out loss {held_out['before']:.4f} before, {held_out['after']:.4f} after (nats a token)"
+    else:
+        said = "training loss {first:.4f} in the first step, {last:.4f} in the last".format(**facts["training_loss"])
+    console.print(said, highlight=False)
+    if held_out and held_out["after"] > held_out["before"]:
+        warnings.warn(
+            f"the held-out loss rose from {held_out['before']:.4f} to {held_out['after']:.4f}: this adapter is worse "
+            "than none; train on more text, in fewer steps, or with a lower learning rate",
+            stacklevel=3,
+        )
+    files = "adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
+    console.print(f"wrote {out}/: {files}", highlight=False, markup=False)
+    show_sample(facts["sample"], facts["generate"], console)
 
 
 # ---- the command ----

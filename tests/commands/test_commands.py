@@ -483,6 +483,7 @@ def test_json_is_all_that_is_printed(place, capsys):
         "steps",
         "trainable_parameters",
         "training_tokens",
+        "training_loss",
         "held_out_loss",
         "held_out_bits_per_byte",
         "sample",
