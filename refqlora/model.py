@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from .lora import Weight
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Model:
@@ -99,6 +103,16 @@ class Model:
         model = cls(*pretrained.load(directory, quantize, dtype), dtype)
         model.directory = directory
         return model
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the model's directory, read when it is first asked for. Raises FileNotFoundError or
+        ValueError where there is none."""
+        from .text.tokenizer import load_tokenizer
+
+        if self.directory is None:
+            raise ValueError("the model has no tokenizer, as it was not read from a directory: give one")
+        return load_tokenizer(self.directory, self.config.vocab_size)
 
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, suppress
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from ..model import Model
-from ..text.chat import ChatTemplate
-from ..text.generation import PrefixCache, stream
+from ..text.chat import Message, load_chat_template
+from ..text.generation import end_tokens, stream
+from ..text.prefix_cache import PrefixCache
+from ..text.tokenizer import encode
 
 HELP = """\
-Each line is said to the model, which has the whole conversation before it; a space says one that begins with /.
+Each line is a message to the model, which sees the conversation so far. A space before a / says it to the model.
   /adapter NAME   answer with this adapter from now on; /adapter off: with the base alone
   /adapters       list the adapters
   /reset          forget the conversation
@@ -22,20 +22,21 @@ Each line is said to the model, which has the whole conversation before it; a sp
   /quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-class Conversation:
+class Chat:
     """What was said so far, and a model to answer.
 
     `options` are those of `stream`; an answer ends at the model's end tokens, at what the template ends answers with,
     at the stop strings, at max_new_tokens and at the end of the context. `seed` is one more for each turn.
     """
 
-    def __init__(
-        self, model: Model, tokenizer: Tokenizer, template: ChatTemplate, system: str | None, options: dict[str, Any]
-    ) -> None:
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.cache = PrefixCache(model)
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+        """Raises ValueError for a model without a tokenizer, and for a chat template that cannot be read."""
+        assert model.directory is not None
+        self.model, self.tokenizer, self.cache = model, model.tokenizer, PrefixCache(model)
+        ends = end_tokens(model.config)
+        self.template = load_chat_template(model.directory, self.tokenizer, ends[0] if ends else None)
         self.options = options
-        self.first = [{"role": "system", "content": system}] if system is not None else []
+        self.first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self.first)
         self.turns = 0
 
@@ -43,21 +44,18 @@ class Conversation:
         """Forget all but the system message."""
         self.messages = list(self.first)
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """Yield the answer to `text` in pieces. What was given of it when it ends, or is interrupted or closed, is what
         the assistant has said; if that is nothing, `text` was not said either."""
-        asked = [*self.messages, {"role": "user", "content": check_text(text)}]
-        prompt = self.tokenizer.encode(self.template.render(asked, True), add_special_tokens=False).ids
-        if len(prompt) >= (context := self.model.config.max_positions):
-            raise ValueError(f"the conversation's {len(prompt)} tokens fill the model's context of {context}")
+        asked, prompt = self._fitting([*self.messages, {"role": "user", "content": text}])
         ends, end_strings = self._ends(asked)
-        options = {**self.options, "seed": self.options["seed"] + self.turns}
+        options = {**self.options, "seed": self.options["seed"] + self.turns, "cache": self.cache}
         self.turns += 1
         options["stop"] = (*options["stop"], *ends)
         options["stop_strings"] = (*options["stop_strings"], *end_strings)
         answer = ""
         try:
-            for piece in stream(self.model, self.tokenizer, prompt, cache=self.cache, **options):
+            for piece in stream(self.model, prompt, tokenizer=self.tokenizer, **options):
                 piece = piece if answer else piece.lstrip()
                 answer += piece
                 yield piece
@@ -65,23 +63,35 @@ class Conversation:
             if answer:
                 self.messages = [*asked, {"role": "assistant", "content": answer.rstrip()}]
 
-    def _ends(self, asked: list[dict[str, str]]) -> tuple[list[int], list[str]]:
+    def _fitting(self, asked: list[Message]) -> tuple[list[Message], list[int]]:
+        """The messages and their tokens, without the oldest turns where they leave less than a quarter of the context
+        for the answer (or less than max_new_tokens, if that is less). Raises ValueError if the last alone is too long.
+        """
+        context, first, forgotten = self.model.config.max_positions, len(self.first), 0
+        room = min(self.options.get("max_new_tokens", context), context // 4)
+        while True:
+            prompt = encode(self.tokenizer, self.template.render(asked, True), special_tokens=False).ids
+            if len(prompt) + room <= context or len(asked) == first + 1:
+                break
+            asked = asked[:first] + asked[first + 2 :]  # a question and its answer
+            forgotten += 1
+        if len(prompt) >= context:
+            raise ValueError(f"the message's {len(prompt)} tokens fill the model's context of {context}")
+        if forgotten:
+            turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
+            print(f"(the context is full: the oldest {turns} forgotten)", file=sys.stderr)
+        return asked, prompt
+
+    def _ends(self, asked: list[Message]) -> tuple[list[int], list[str]]:
         """What the template ends an answer with, as a token if it begins with a special one, else as text."""
         end = self.template.end(asked)
-        if not end:
+        ids = encode(self.tokenizer, end, special_tokens=False).ids if end else []
+        if not ids:
             return [], []
-        first = self.tokenizer.encode(end, add_special_tokens=False).ids[0]
-        return ([first], []) if first in self.tokenizer.get_added_tokens_decoder() else ([], [end])
+        return ([ids[0]], []) if ids[0] in self.tokenizer.get_added_tokens_decoder() else ([], [end])
 
 
-def check_text(text: str) -> str:
-    """`text` itself; ValueError if it has Python's stand-ins for bytes that are no text."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text is not UTF-8")
-    return text
-
-
-def converse(conversation: Conversation) -> None:
+def converse(chat: Chat) -> None:
     """Read lines until they end, and print an answer to each; a line that begins with / is a command.
 
     At a terminal, an error is told and the conversation goes on, and Ctrl-C stops an answer. Otherwise both end it.
@@ -107,9 +117,9 @@ def converse(conversation: Conversation) -> None:
             return
         try:
             if line.startswith("/"):
-                print(command(conversation, *line[1:].split(maxsplit=1)))
+                print(command(chat, *line[1:].split(maxsplit=1)))
             elif line:
-                with closing(conversation.say(line.strip())) as pieces:
+                with closing(chat.say(line.strip())) as pieces:
                     for piece in pieces:
                         print(piece, end="", flush=True)
                 print()
@@ -123,13 +133,13 @@ def converse(conversation: Conversation) -> None:
             print(error)
 
 
-def command(conversation: Conversation, name: str = "", argument: str = "") -> str:
+def command(chat: Chat, name: str = "", argument: str = "") -> str:
     """Do what the command asks for; -> what to print. Raises ValueError for one that there is not."""
-    model = conversation.model
+    model = chat.model
     if name == "help":
         return HELP
     if name == "reset":
-        conversation.reset()
+        chat.reset()
         return "The conversation begins anew."
     if name == "adapters":
         names = [*model.adapters, "off"]

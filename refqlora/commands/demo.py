@@ -99,7 +99,7 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
 
     def write(max_new_tokens: int) -> list[str]:
         how = {"max_new_tokens": max_new_tokens, "repetition_penalty": PENALTY, "stop": (eos,)}
-        return [complete(model, tokenizer, example.prompt, **how) for example in shown]
+        return [complete(model, example.prompt, tokenizer=tokenizer, **how) for example in shown]
 
     written_before = write(40)
     model.add_adapter(**ADAPTER, seed=seed)

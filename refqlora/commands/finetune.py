@@ -22,10 +22,10 @@ from ..memory.planned import plan_step, size_text
 from ..model import Model
 from ..optim import SCHEDULES
 from ..resume import CHECKPOINT, check_start, read_identity
-from ..text.chat import ChatTemplate, load_chat_template
-from ..text.dataset import Dataset, split
-from ..text.encoding import pack_split, tokenize_examples
-from ..text.examples import Conversation, Document, Example, read_jsonl, read_texts
+from ..text.chat import load_chat_template
+from ..text.data_files import datasets, read_data
+from ..text.dataset import Dataset
+from ..text.examples import Conversation
 from ..text.tokenizer import load_tokenizer
 from ..training import Evaluation, TrainingConfig, evaluate, train
 from .options import common, console, count, model, natural, report
@@ -39,26 +39,6 @@ if TYPE_CHECKING:
 MAX_LENGTH = 512  # tokens in a sequence, unless --max-length or the model's context says otherwise
 SPARE = 0.8  # of the memory that is available may be planned for
 LESS = "a smaller --max-length, --micro-batch-size, --batch-size or --rank, or --recompute, needs less"
-
-
-def read_data(path: Path, template: ChatTemplate) -> list[Document] | list[Example | Conversation]:
-    """The examples in a .jsonl file, or the documents in a text file or a directory of them."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    return read_jsonl(path, template) if path.suffix == ".jsonl" else read_texts(path)
-
-
-def tokenized(
-    items: list[Any], tokenizer: Tokenizer, eos_id: int, max_length: int, held_out: float, seed: int
-) -> tuple[Dataset, Dataset]:
-    """(training, held-out): a sequence an example, or documents cut into blocks."""
-    if isinstance(items[0], Document):
-        return pack_split(items, tokenizer, max_length, eos_id, held_out, seed)
-    train_part, held_out_part = split(items, held_out, seed)
-    train_set = tokenize_examples(train_part, tokenizer, max_length, eos_id)
-    if not held_out_part:
-        return train_set, train_set.subset([])
-    return train_set, tokenize_examples(held_out_part, tokenizer, max_length, eos_id)
 
 
 @dataclass(frozen=True)
@@ -165,8 +145,12 @@ def prepare(
     if not 2 <= max_length <= context:
         raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
     seed = training.get("seed", 0)
-    items = read_data(data, load_chat_template(directory, tokenizer, eos))
-    train_set, eval_set = tokenized(items, tokenizer, eos, max_length, held_out, seed)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    items = read_data(data, load_chat_template(directory, tokenizer, eos), say)
+    train_set, eval_set = datasets(items, tokenizer, eos, max_length, held_out, seed)
     if truncated := train_set.truncated + eval_set.truncated:
         console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
     model.add_adapter(**adapter, seed=seed)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..files.adapter_files import read_config
 from ..files.hub import model_directory
+from ..files.reading import read_json
 from ..model import Model
-from ..text.chat import load_chat_template
-from ..text.generation import generation_options, stream
-from ..text.tokenizer import load_tokenizer
-from .chat import Conversation, check_text, converse
+from ..text.generation import end_tokens, generation_options, stream
+from .chat import Chat, converse
 from .options import count, natural
 from .options import model as model_option
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
+QUANTISED = "refqlora generate: the model is quantised to NF4; --no-quantize leaves it as it is\n"
 
 MORE = (
     "The base is quantised to NF4, as the adapter met it in training, unless --no-quantize is given. --prompt goes "
     "on from a text as it is; --chat writes each line as a message, by the tokenizer's chat template, or without "
-    'one as "user: ..." and "assistant: ...", as finetune does. How to sample is as the model\'s '
-    "generation_config.json says, greedy without one, unless an option says otherwise."
+    'one as "user: ..." and "assistant: ...", as finetune does. Sampling follows the model\'s generation_config.json; '
+    "without one it takes the most probable token. Options come first."
 )
 
 
@@ -75,41 +75,64 @@ def add(options: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     if a.system is not None and not a.chat:
         raise ValueError("--system goes with --chat")
-    base, adapters = model_directory(a.model), adapter_names(a.adapter or [])
-    late = any(read_config(directory).changes_base for directory in adapters.values())  # they take dense weights apart
-    model = Model.from_pretrained(base, quantize=None if a.no_quantize or late else "nf4")
-    tokenizer = load_tokenizer(base, model.config.vocab_size)
-    for name, directory in adapters.items():
-        model.load_adapter(directory, name)
-    if late and not a.no_quantize:
-        model.quantize()
-    eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, tuple) else (model.config.eos_token_id,)
-    stop_strings = [check_text(text).replace("\\n", "\n") for text in a.stop or []]
-    given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}
-    options = {
-        "max_new_tokens": model.config.max_positions if a.chat else 100,
-        "stop": eos,
-        **generation_options(base),
-        **{option: value for option, value in given.items() if value is not None},
-        "stop_strings": stop_strings,
-        "seed": a.seed,
-    }
-    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}  # which no text shows
-    options["stop"] = (*options["stop"], *(special[text] for text in stop_strings if text in special))
+    model = _load(model_directory(a.model), adapter_names(a.adapter or []), quantize=not a.no_quantize)
+    options = _options(a, model)
+    notice = "" if a.no_quantize or _is_quantised(model.directory) else QUANTISED
     if a.chat:
-        template = load_chat_template(base, tokenizer, eos[0] if eos else None)
-        system = None if a.system is None else check_text(a.system)
-        converse(Conversation(model, tokenizer, template, system, options))
+        chat = Chat(model, a.system, options)
+        print(notice, end="", file=sys.stderr)
+        converse(chat)
         return
-    prompt = check_text(sys.stdin.read() if a.prompt == "-" else a.prompt.replace("\\n", "\n"))
-    for name in list(model.adapters) or [None]:
+    prompt = sys.stdin.read() if a.prompt == "-" else _unescaped(a.prompt)
+    names: list[str | None] = [*model.adapters]
+    for name in names or [None]:
         model.set_adapter(name)
-        pieces = stream(model, tokenizer, prompt, **options)
-        heading = f"== {name} ==\n" if len(model.adapters) > 1 else ""
-        print(heading + prompt + next(pieces), end="", flush=True)  # not before the options are found to be good
+        pieces = stream(model, prompt, **options)
+        first = next(pieces)  # by now the options are found to be good
+        print(notice, end="", file=sys.stderr)
+        notice = ""
+        heading = f"== {name} ==\n" if len(names) > 1 else ""
+        print(heading + prompt + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+def _load(directory: Path, adapters: dict[str, Path], quantize: bool) -> Model:
+    """The model with its adapters. Those that take dense weights apart (PiSSA, OLoRA) are loaded before it is
+    quantised."""
+    late = any(read_config(adapter).changes_base for adapter in adapters.values())
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
+    for name, adapter in adapters.items():
+        model.load_adapter(adapter, name)
+    if late and quantize:
+        model.quantize()
+    return model
+
+
+def _is_quantised(directory: Path | None) -> bool:
+    return directory is not None and read_json(directory / "config.json").get("quantization_config") is not None
+
+
+def _options(a: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """The options of `stream`: those given, or else the model's own."""
+    assert model.directory is not None
+    given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}
+    options = {
+        "max_new_tokens": model.config.max_positions if a.chat else 100,
+        "stop": end_tokens(model.config),
+        **generation_options(model.directory),
+        **{option: value for option, value in given.items() if value is not None},
+        "stop_strings": [_unescaped(text) for text in a.stop or []],
+        "seed": a.seed,
+    }
+    special = {token.content: i for i, token in model.tokenizer.get_added_tokens_decoder().items()}  # no text shows one
+    options["stop"] = (*options["stop"], *(special[text] for text in options["stop_strings"] if text in special))
+    return options
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def adapter_names(given: list[str]) -> dict[str, Path]:
@@ -127,6 +150,6 @@ def adapter_names(given: list[str]) -> dict[str, Path]:
         else:
             path = Path(directory)
             if name in adapters or name in ("", "off") or name != name.strip():
-                raise ValueError(f"--adapter {text}: {name!r} is no name for an adapter, or is another's")
+                raise ValueError(f"--adapter {text}: {name!r} cannot be an adapter's name, or is another's")
         adapters[name] = path
     return adapters

@@ -102,7 +102,7 @@ def pretrain(
         "seconds": sum(row["seconds"] for row in rows),
         "cores": cores(),
         "curve": [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row],
-        "samples": [(prompt, complete(stored, tokenizer, prompt, **SAMPLING, seed=seed)) for prompt in PROMPTS],
+        "samples": [(text, complete(stored, text, tokenizer=tokenizer, **SAMPLING, seed=seed)) for text in PROMPTS],
     }
     curve = held_out_losses(rows, before)
     loss_figure(out / "loss.png", rows, curve, "Pretraining on the standard library's source")

@@ -32,7 +32,7 @@ def write_sample(model: Model, tokenizer: Tokenizer, dataset: Dataset) -> dict[s
     sample = {"prompt": tokenizer.decode(prompt.tolist())}
     for name, active in (("base", None), ("adapter", "default")):
         model.set_adapter(active)
-        sample[name] = complete(model, tokenizer, prompt.tolist(), max_new_tokens=LENGTH, stop=stop)
+        sample[name] = complete(model, prompt.tolist(), tokenizer=tokenizer, max_new_tokens=LENGTH, stop=stop)
     return sample
 
 

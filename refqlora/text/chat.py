@@ -6,19 +6,19 @@ renders it. A tokenizer without one gets the plain format, `PLAIN`, a template l
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
-import numpy as np
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
-from .chat_jinja import END, START, environment
+from .examples import Marked
+from .prefix_cache import shared_prefix
+from .tokenizer import encode
 
-ROLES = ("system", "user", "assistant")
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # "user: Hi" on a line, then "assistant: Hello" and the token that ends a text.
 PLAIN = (
@@ -29,30 +29,10 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
-Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+PROBE = "4f1c9d"  # a text that nobody says
+USUAL = ("system", "user", "assistant")  # the roles that every template knows
 
-
-class Marked(NamedTuple):
-    """A text, and the parts of it that count in the loss: (start, end) in characters, in their order."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-    def tokenize(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        """The text's tokens up to the last that counts, and which of them do: those with a character that does.
-
-        Special tokens are read where they stand in the text, and none is added. Raises ValueError if none counts.
-        """
-        encoding = tokenizer.encode(self.text, add_special_tokens=False)
-        begins, ends = np.array(encoding.offsets).reshape(-1, 2).T  # in characters; a part of a character has it all
-        counts = np.zeros(len(begins), bool)
-        for start, end in self.spans:
-            at = np.flatnonzero((begins < end) & (ends > start))
-            counts[at.min(initial=len(counts)) : at.max(initial=-1) + 1] = True
-        if not counts.any():
-            raise ValueError(f"the tokenizer has no token for what is said in {self.text!r}")
-        length = counts.nonzero()[0][-1] + 1
-        return encoding.ids[:length], counts[:length].tolist()
+Message = Mapping[str, Any]  # {"role": text, "content": text}, and what else the template reads
 
 
 class ChatTemplate:
@@ -60,22 +40,34 @@ class ChatTemplate:
 
     source: the Jinja text. tokens: the special tokens' texts under the names that templates use, such as bos_token.
     eos: the text of the token that ends a text, for answers that the template ends with nothing. where: the file that
-    it is from, for errors. Raises ValueError for a template that cannot be compiled.
+    it is from, for errors. Raises ValueError for a template that cannot be compiled, and one that takes more time or
+    memory than chat_jinja.py allows.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], eos: str = "", where: str = "messages") -> None:
-        self.tokens, self.eos, self.where = dict(tokens), eos, where
+        from jinja2 import TemplateSyntaxError
+
+        from .chat_jinja import Sandbox
+
+        self.source, self.tokens, self.eos, self.where = source, dict(tokens), eos, where
         self.marks = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
+        self._sandbox = Sandbox()
         try:
-            self._template = environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{where}: line {error.lineno} of the chat template: {error.message}") from None
+            self._template = self._sandbox.compiled(source)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"{where}: line {error.lineno} of the chat template: {error.message}"[:300]) from None
+        except Exception as error:  # of Python's compiler, to which Jinja hands the template
+            raise ValueError(f"{where}: the chat template cannot be compiled: {_in_one_line(error)}") from None
+
+    def reads(self, key: str) -> bool:
+        """Whether the template names this key of messages, or seems to."""
+        return re.search(rf"\b{re.escape(key)}\b", self.source) is not None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of `messages`, and with add_generation_prompt the beginning of an answer.
 
         Equal to transformers' apply_chat_template(tokenize=False). Special tokens are part of the text, a first one
-        too, so it is tokenised with add_special_tokens=False. Raises ValueError with what the template objects to.
+        too, so it is tokenized without adding any. Raises ValueError with what the template objects to.
         """
         return self._render(messages, add_generation_prompt, marking=False)
 
@@ -89,12 +81,15 @@ class ChatTemplate:
         thoughts: such an answer gets a text of its own, which ends with it, so that every answer is learnt as it
         will be when it is generated. What follows the last answer is left out, and an empty answer does not count.
 
-        Raises ValueError if the assistant says nothing, if the template refuses the messages, and if it writes an
-        answer otherwise than its generation prompt begins one.
+        Raises ValueError if the assistant says nothing, if the template refuses the messages or leaves out a role that
+        it does not know, and if it writes an answer otherwise than its generation prompt begins one.
         """
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        said = (m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages)
+        answers = [i for i, answer in enumerate(said) if answer]
         if not answers:
-            raise ValueError("expected something said by the assistant, found nothing")
+            roles = ", ".join(dict.fromkeys(m["role"] for m in messages))[:80] or "none"
+            raise ValueError(f"expected something said by the assistant, got nothing (roles: {roles})")
+        self._check_roles(messages[: answers[-1] + 1])
         if self.marks:
             marked = _unmarked(self._render(messages[: answers[-1] + 1], marking=True))
             if not marked.spans:
@@ -114,6 +109,16 @@ class ChatTemplate:
                 texts.append(Marked(text, ((len(before), len(text)),)))
         return tuple(reversed(texts))
 
+    def _check_roles(self, messages: Sequence[Message]) -> None:
+        """Raise ValueError for a role such as "tool" whose messages the template leaves out."""
+        for i, message in enumerate(messages):
+            if message["role"] not in USUAL:
+                probed = [*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]
+                if PROBE not in self.render(probed):
+                    raise ValueError(
+                        f"messages[{i}]: {self.where}: the chat template leaves out the role {message['role'][:40]!r}"
+                    )
+
     def end(self, messages: Sequence[Message]) -> str:
         """What the template writes after an answer to `messages`, white space aside: "<|im_end|>", or nothing."""
         return self._ending(messages)[0]
@@ -124,34 +129,32 @@ class ChatTemplate:
         The end is what there is after the last answer and after one before a question: some templates end the last
         with the end of the whole text too.
         """
-        probe = "4f1c9d"
-        talk = [*messages, {"role": "assistant", "content": probe}]
-        last = self.render(talk).rpartition(probe)[2]
-        other = self.render([*talk, {"role": "user", "content": "?"}]).rpartition(probe)[2]
-        n = _shared(last, other)
+        talk = [*messages, {"role": "assistant", "content": PROBE}]
+        last = self.render(talk).rpartition(PROBE)[2]
+        other = self.render([*talk, {"role": "user", "content": "?"}]).rpartition(PROBE)[2]
+        n = shared_prefix(last, other)
         for token in filter(None, self.tokens.values()):  # of which no part is shared: "<" of "</s>" and "<|user|>"
             n = min([k for k in range(max(0, n - len(token) + 1), n) if last.startswith(token, k)], default=n)
         return (last[:n].strip(), last[n:]) if last[:n].strip() else ("", "")
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False, marking: bool = False) -> str:
-        variables = {"tools": None, "documents": None, **self.tokens}
-        self._template.environment.marking = marking
+        variables = {
+            **self.tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt,
+            "messages": [dict(message) for message in messages],
+        }  # fmt: skip
+        self._sandbox.marking = marking
+        self._sandbox.begin()
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
+            return self._template.render(variables)
         except Exception as error:  # a template is a program, and can fail in any way
-            said = " ".join(str(error).split())
-            raise ValueError(f"{self.where}: the chat template refuses the messages: {said}") from None
+            raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 
 
 def _difference(before: str, after: str) -> str:
     """How an answer's text fails to go on from the text with the generation prompt."""
     if after == before:
         return "the chat template leaves this answer out"
-    n = _shared(before, after)
+    n = shared_prefix(before, after)
     return (
         f"the chat template begins this answer with {after[n : n + 20]!r} where its generation prompt has "
         f"{before[n : n + 20]!r}: what the assistant says cannot be told from the rest, unless the template marks it "
@@ -159,9 +162,8 @@ def _difference(before: str, after: str) -> str:
     )
 
 
-def _shared(a: str, b: str) -> int:
-    """The number of characters with which both begin."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int | None) -> ChatTemplate:
@@ -174,19 +176,19 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int 
     directory = Path(directory)
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
-    eos = (tokenizer.id_to_token(eos_id) or "") if isinstance(eos_id, int) and eos_id >= 0 else ""
-    readable = eos and tokenizer.encode(eos, add_special_tokens=False).ids == [eos_id]
+    eos = (tokenizer.id_to_token(eos_id) or "") if isinstance(eos_id, int) and 0 <= eos_id < 2**32 else ""
+    readable = eos and encode(tokenizer, eos, special_tokens=False).ids == [eos_id]
     templates = _template_files(directory) or {name: (text, path) for name, text in _named(config, path).items()}
     if templates:
         if "default" not in templates:
             raise ValueError(
-                f"{directory}: no chat template is named default; there are: {', '.join(sorted(templates))}"
+                f"{directory}: no chat template is named default; there are: {', '.join(sorted(templates))[:200]}"
             )
         text, path = templates["default"]
         return ChatTemplate(text, _special_tokens(directory, config), eos if readable else "", str(path))
     if eos and not readable:
         raise ValueError(f"{directory}: the tokenizer does not read {eos!r}, the end of a text, as one token")
-    sample = tokenizer.encode("a")
+    sample = encode(tokenizer, "a")
     first = next(i for i, special in enumerate([*sample.special_tokens_mask, 0]) if not special)
     return ChatTemplate(PLAIN, {"beginning": "".join(sample.tokens[:first]), "eos_token": eos}, eos)
 
@@ -195,22 +197,28 @@ def _template_files(directory: Path) -> dict[str, tuple[str, Path]]:
     paths = {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         paths["default"] = directory / "chat_template.jinja"
-    try:
-        return {name: (path.read_text(encoding="utf-8"), path) for name, path in paths.items()}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{directory}: a chat template is not UTF-8 text: {error}") from None
+    templates = {}
+    for name, path in paths.items():
+        try:
+            templates[name] = path.read_text(encoding="utf-8"), path
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    return templates
 
 
 def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
     """tokenizer_config.json's chat templates by their names."""
-    given = config.get("chat_template") or {}
-    if isinstance(given, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in given):
-        given = {t["name"]: t["template"] for t in given}
-    elif isinstance(given, str):
-        given = {"default": given}
-    if not isinstance(given, dict) or not all(isinstance(text, str) for item in given.items() for text in item):
-        raise ValueError(f'{path}: "chat_template" must be text, or a list of objects with "name" and "template"')
-    return given
+    given = config.get("chat_template") or []
+    named = {"default": given} if isinstance(given, str) else given
+    listed = [{"name": n, "template": t} for n, t in named.items()] if isinstance(named, dict) else named
+    if not isinstance(listed, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in listed
+    ):
+        raise ValueError(
+            f'{path}: chat_template: expected text, or a list of objects with the texts "name" and "template", '
+            f"got {json.dumps(given)[:80]}"
+        )
+    return {t["name"]: t["template"] for t in listed}
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -228,11 +236,10 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     return tokens
 
 
-# ---- the Jinja that templates are written for --------------------------------------------------------------
-
-
 def _unmarked(rendered: str) -> Marked:
     """The text without the marks, and the spans that were between them."""
+    from .chat_jinja import END, START
+
     text, spans, starts = "", [], []
     for part in re.split(f"({START}|{END})", rendered):
         if part == START:

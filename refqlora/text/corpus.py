@@ -75,7 +75,7 @@ def language_reference(held_out: bool) -> list[Document]:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("this Python comes without pydoc_data, the text behind help()") from error
-    kept, seen = [], set()
+    kept, seen = [], set[str]()
     for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
         paragraphs = {words for p in text.split("\n\n") if len(words := " ".join(p.split())) >= 60}
         if not paragraphs & seen:

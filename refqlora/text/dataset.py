@@ -10,11 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from ..functional import IGNORE
 
+T = TypeVar("T")
 PAD = 0  # any token will do: it stands right of all that counts, where causal attention cannot see it
 
 
@@ -49,7 +51,7 @@ class Dataset:
         """CRC-32 of the sequences in their order, to tell whether two datasets are the same."""
         checksum = 0
         for tokens, labels in zip(self.tokens, self.labels, strict=True):
-            checksum = zlib.crc32(np.concatenate([[len(tokens)], tokens, labels]).astype("<i4"), checksum)
+            checksum = zlib.crc32(np.concatenate([[len(tokens)], tokens, labels]).astype("<i4").tobytes(), checksum)
         return checksum
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
@@ -79,18 +81,25 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return order[positions - epochs[0] * n]
 
 
-def split(items: list | Dataset, fraction: float, seed: int) -> tuple[list | Dataset, list | Dataset]:
-    """(training, held-out): `fraction` of the items, rounded, but at least one, is drawn and held out.
+@overload
+def split(items: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]: ...
+@overload
+def split(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]: ...
+def split(items: Sequence[Any] | Dataset, fraction: float, seed: int) -> tuple[Any, Any]:
+    """(training, held-out): `fraction` of the items, rounded, but at least one, is drawn and held out; none for 0.
 
     Raises ValueError if nothing would be left to train on.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")
-    n_held_out = max(1, round(fraction * len(items)))
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the held-out fraction: expected 0 or more and less than 1, got {fraction}")
+    n_held_out = max(1, round(fraction * len(items))) if fraction else 0
     if n_held_out >= len(items):
-        raise ValueError(f"nothing left to train on: {n_held_out} of {len(items)} would be held out")
+        raise ValueError(
+            f"a held-out fraction of {fraction} takes {n_held_out} of {len(items)} examples or blocks of text: nothing "
+            "is left to train on (a fraction of 0 holds out none)"
+        )
     order = np.random.default_rng(seed).permutation(len(items))
     parts = np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
     if isinstance(items, Dataset):
-        return tuple(items.subset(part) for part in parts)
-    return tuple([items[i] for i in part] for part in parts)
+        return items.subset(parts[0]), items.subset(parts[1])
+    return [items[i] for i in parts[0]], [items[i] for i in parts[1]]

@@ -5,115 +5,106 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from ..backend import Array
 from ..files.config_json import read_generation_config
-from ..kv_cache import KVCache
-from ..model import Model
-from .sampling import Sampling
+from .prefix_cache import PrefixCache
+from .sampling import Sampling, whole_number
+from .tokenizer import decode, encode
 
-AT_ONCE = 256  # positions of a prompt that are read in one forward: it bounds the logits, (AT_ONCE, V), that are held
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-
-class PrefixCache:
-    """A model, and the keys and values of the tokens it read last: what a text shares with them is not read again.
-
-    They are the keys and values of one adapter. Whenever another one (or none, or one loaded anew) has become the
-    model's active adapter, the text is read from its beginning; an adapter changed in place is not noticed. So it is
-    where the text's length changes RoPE's frequencies (`Config.rope_regime`), up or down.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.kv = KVCache(model.config, 1, model.config.max_positions, model.dtype)
-        self.tokens: list[int] = []  # whose keys and values `kv` holds
-        self.made_for: tuple[Any, int] | None = None  # the adapter and the regime of RoPE that they belong to
-
-    def logits(self, tokens: Sequence[int]) -> Array:
-        """tokens (at least one) -> the logits (V,) of what follows them."""
-        n, regime = len(tokens), self.model.config.rope_regime
-        adapter = self.model.adapters[self.model.active] if self.model.active is not None else None
-        same = self.made_for is not None and self.made_for[0] is adapter and self.made_for[1] == regime(n)
-        shared = shared_prefix(self.tokens, tokens[:-1]) if same else 0
-        self.tokens, self.made_for = self.tokens[:shared], (adapter, regime(n))
-        self.kv.truncate(shared)
-        at_once = AT_ONCE if regime(min(n, shared + AT_ONCE)) == regime(n) else n  # all pieces are of one regime
-        for start in range(shared, n, at_once):
-            piece = tokens[start : start + at_once]
-            logits, _ = self.model.forward(np.array([piece]), kv=self.kv)  # (1, T, V)
-            self.tokens += piece
-        return logits[0, -1]
-
-
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+    from ..backend import Array
+    from ..config import Config
+    from ..model import Model
 
 
 def generate(
     model: Model,
-    prompt: Collection[int],
+    prompt: Sequence[int],
     *,
     max_new_tokens: int = 128,
     stop: Collection[int] = (),
     seed: int = 0,
     cache: PrefixCache | None = None,
-    **sampling: float,
+    **sampling: Any,
 ) -> Iterator[int]:
-    """Yield the tokens that follow `prompt` (token ids, at least one), until one of `stop` or `max_new_tokens`.
+    """The tokens that follow `prompt` (token ids, at least one), each as it is drawn: a generator.
 
-    sampling: the fields of `Sampling`; greedy unless temperature is given. Each token costs one position, the keys
-    and values of those before it being cached; a `cache` that is given again also saves what the prompt shares with
-    the text before. It also ends where the model's context does. Raises ValueError for a prompt that leaves no room
-    in it, or is empty, and for an option out of its range.
+    It ends before one of the tokens `stop`, after `max_new_tokens`, and where the model's context does. sampling: the
+    fields of `Sampling`; greedy unless temperature is given. Each token costs one position, the keys and values of
+    those before it being cached; a `cache` that is given again also saves what the prompt shares with the text before.
+
+    Raises ValueError for a prompt that is empty or leaves no room in the context, and for an option out of its range.
+
+        tokens = list(rq.generate(model, [5, 9, 2], max_new_tokens=20, temperature=0.8))
     """
-    tokens = list(prompt)
+    tokens, ends = _token_ids("prompt", prompt), frozenset(_token_ids("stop", stop))
     if not tokens:
-        raise ValueError("the prompt holds no token")
+        raise ValueError("prompt: expected at least one token, got none")
     room = model.config.max_positions - len(tokens)
     if room < 1:
         raise ValueError(f"the prompt's {len(tokens)} tokens fill the model's context of {model.config.max_positions}")
-    how = Sampling(**sampling)
-    rng = np.random.default_rng(seed)
-    cache = cache or PrefixCache(model)
-    for _ in range(min(max_new_tokens, room)):
+    n = min(whole_number("max_new_tokens", max_new_tokens), room)
+    rng = np.random.default_rng(whole_number("seed", seed))
+    return _drawn(cache or PrefixCache(model), tokens, n, ends, Sampling(**sampling), rng)
+
+
+def _drawn(
+    cache: PrefixCache, tokens: list[int], n: int, ends: Collection[int], how: Sampling, rng: np.random.Generator
+) -> Iterator[int]:
+    for _ in range(n):
         token = how.draw(_on_cpu(cache.logits(tokens)), rng, tokens)
-        if token in stop:
+        if token in ends:
             return
         yield token
         tokens.append(token)
+
+
+def _token_ids(name: str, tokens: Any) -> list[int]:
+    if isinstance(tokens, str):
+        raise ValueError(f"{name}: expected token ids, got text {tokens[:40]!r} (complete takes text)")
+    try:
+        return [whole_number(name, token) for token in tokens]
+    except TypeError:
+        raise ValueError(f"{name}: expected token ids, got {tokens!r:.40}") from None
 
 
 def _on_cpu(x: Array) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else x.get()
 
 
-def complete(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> str:
-    """`generate` from text to text: the continuation of `prompt`, which is not repeated."""
-    return "".join(stream(model, tokenizer, prompt, **options))
+def complete(model: Model, prompt: str | Sequence[int], *, tokenizer: Tokenizer | None = None, **options: Any) -> str:
+    """`generate` from text to text: the continuation of `prompt`, which is not repeated.
+
+    tokenizer: the model's own unless given. options: those of `generate`, and `stop_strings`, texts before the first
+    of which it ends. Raises ValueError as `generate` does, and for a model that has no tokenizer.
+
+        rq.complete(model, "def area(", max_new_tokens=40)
+    """
+    return "".join(stream(model, prompt, tokenizer=tokenizer, **options))
 
 
 def stream(
     model: Model,
-    tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     *,
+    tokenizer: Tokenizer | None = None,
     stop_strings: Collection[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """`generate` from text, or from its tokens, to pieces of text, each as soon as it is whole.
+    """`complete` in pieces of text, each as soon as it is whole: a character may take several tokens.
 
-    A character may take several tokens. The text ends before the first of `stop_strings`, of which no part is given;
-    special tokens are no text, and only `stop` ends at one. `options` are those of `generate`.
+    The text ends before the first of `stop_strings`, of which no part is given; special tokens are no text, and only
+    `stop` ends at one.
     """
-    tokens = tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
-    if any(not text for text in stop_strings):
-        raise ValueError("a stop string must hold a character")
+    tokenizer = tokenizer or model.tokenizer
+    if isinstance(stop_strings, str) or not all(isinstance(text, str) and text for text in stop_strings):
+        raise ValueError(f"stop_strings: expected a list of texts that are not empty, got {stop_strings!r:.60}")
+    tokens = encode(tokenizer, prompt).ids if isinstance(prompt, str) else prompt
     return until(_whole_characters(tokenizer, tokens, generate(model, tokens, **options)), stop_strings)
 
 
@@ -123,11 +114,11 @@ def _whole_characters(tokenizer: Tokenizer, prompt: Sequence[int], generated: It
     The prompt is decoded along and cut off: by itself, a continuation may lose the space that it begins with.
     """
     tokens = list(prompt)
-    text = tokenizer.decode(tokens)
+    text = decode(tokenizer, tokens)
     shown = len(text)
     for token in generated:
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = decode(tokenizer, tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
@@ -151,6 +142,12 @@ def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
         held = held[len(held) - waits :]
     if held:
         yield held
+
+
+def end_tokens(config: Config) -> tuple[int, ...]:
+    """The tokens that end a text: `config.eos_token_id` is one, or several, or None."""
+    eos = config.eos_token_id
+    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
 
 def generation_options(directory: str | Path) -> dict[str, Any]:

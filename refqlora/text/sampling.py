@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -29,16 +31,16 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be a whole number of 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+        whole_number("top_k", self.top_k)
+        for name, expected, fits in (
+            ("temperature", "a number of 0 or more", lambda x: 0 <= x < float("inf")),
+            ("top_p", "a number above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("min_p", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+            ("repetition_penalty", "a number above 0", lambda x: 0 < x < float("inf")),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not fits(value):
+                raise ValueError(f"{name}: expected {expected}, got {value!r:.40}")
 
     def probabilities(self, logits: np.ndarray, seen: Collection[int] = ()) -> np.ndarray:
         """logits (V,), and the tokens of the text so far -> what the next token is drawn from, (V,) float64.
@@ -79,6 +81,13 @@ class Sampling:
         """One token, drawn from `probabilities`. A greedy one takes nothing from `rng`."""
         p = self.probabilities(logits, seen)
         return int(p.argmax() if self.temperature == 0 else rng.choice(len(p), p=p))
+
+
+def whole_number(name: str, value: Any) -> int:
+    """`value` as an int; ValueError that names it unless it is a whole number of 0 or more."""
+    if not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name}: expected a whole number of 0 or more, got {value!r:.40}")
+    return int(value)
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -1,36 +1,91 @@
-"""Tokenizers: read from a model's directory, trained anew, and how many bytes each of their tokens stands for."""
+"""Tokenizers: read from a model's directory, trained anew; text into tokens and back, and each token's size in bytes.
+
+The tokenizers library does the work, and is loaded when it is first needed.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..files.hub import model_directory
-from .examples import Document
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+    from .examples import Document
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in `path`, tokenizer.json or the model (directory or hub's id) it is of; no truncation or padding.
+    """The tokenizer at `path`: tokenizer.json, or the directory or hub's id of its model; no truncation or padding.
 
     Raises FileNotFoundError if there is none, ValueError if it cannot be read or has a token of `vocab_size` or more.
     """
+    from tokenizers import Tokenizer
+
     path = Path(path) if Path(path).is_file() else model_directory(path) / "tokenizer.json"
     data = path.read_bytes()
-    try:
+    with _as_value_error(f"{path}: not a file of the tokenizers library"):
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises no other
-        raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     last = max(tokenizer.get_vocab().values(), default=0)
     if vocab_size is not None and last >= vocab_size:
-        raise ValueError(f"{path}: {tokenizer.id_to_token(last)!r} is token {last}, past the model's {vocab_size}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        raise ValueError(f"{path}: {tokenizer.id_to_token(last)!r:.80} is token {last}, past the model's {vocab_size}")
+    tokenizer.where = str(path)  # type: ignore[attr-defined]  # for what goes wrong later
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> Encoding:
+    """`text` in tokens (`.ids`), with those that the tokenizer puts around a text unless `special_tokens` is False.
+
+    Raises ValueError that names the tokenizer's file where it fails on the text, or the text is not Unicode.
+    """
+    check_text(text)
+    with _as_value_error(f"{_where(tokenizer)}: the tokenizer fails on {text[:60]!r}"):
+        return tokenizer.encode(text, add_special_tokens=special_tokens)
+
+
+def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """`encode` of many texts at once, on all cores."""
+    for text in texts:
+        check_text(text)
+    with _as_value_error(f"{_where(tokenizer)}: the tokenizer fails on a text"):
+        return tokenizer.encode_batch(list(texts))
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of `tokens`; special tokens have none. Raises ValueError where the tokenizer fails."""
+    with _as_value_error(f"{_where(tokenizer)}: the tokenizer fails to decode tokens"):
+        return tokenizer.decode(tokens)
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, Python's stand-in for a byte that is not UTF-8."""
+    if (half := re.search("[\ud800-\udfff]", text)) is not None:
+        raise ValueError(f"expected text, got half of a surrogate pair (character {half.start()}): it is not UTF-8")
+
+
+@contextmanager
+def _as_value_error(what: str) -> Iterator[None]:
+    """Turn what the library raises into a ValueError: bare Exceptions, and a BaseException where its Rust panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split()):.200}") from None
+
+
+def _where(tokenizer: Tokenizer) -> str:
+    return getattr(tokenizer, "where", "the tokenizer")
 
 
 # How text is cut before pairs are merged: no token reaches across. A cut follows each run of line ends, so
@@ -51,8 +106,10 @@ def train_bpe(documents: list[Document], vocab_size: int) -> Tokenizer:
     Token 0 is "<|endoftext|>", then come the 256 bytes, so that there is no unknown text, then the most
     frequent merges (Sennrich et al. 2016, section 3.2, on bytes as in GPT-2), as long as there is one.
     """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     if vocab_size < 257:
-        raise ValueError(f"vocab_size: expected 257 (bytes and {END_OF_TEXT}) or more, found {vocab_size}")
+        raise ValueError(f"vocab_size: expected 257 (bytes and {END_OF_TEXT}) or more, got {vocab_size}")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
@@ -73,7 +130,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
     byte_level = "ByteLevel" in repr(tokenizer.decoder)
-    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    lengths = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
     for token, i in vocabulary.items():
         if i in added:
             lengths[i] = 0 if added[i].special else len(token.encode())

@@ -20,13 +20,14 @@ from tokenizers import processors
 import refqlora as rq
 from refqlora import commands as cli
 from refqlora.commands import generate
-from refqlora.commands.chat import Conversation, converse
+from refqlora.commands.chat import Chat, converse
 from refqlora.text.chat import load_chat_template
 from refqlora.text.generation import complete
 from refqlora.text.sampling import Sampling
 from refqlora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
+QUANTISED = "refqlora generate: the model is quantised to NF4; --no-quantize leaves it as it is\n"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
@@ -88,7 +89,7 @@ def call(*argv):
 def said(capsys, *argv):
     assert call("generate", *argv) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == QUANTISED
     return out
 
 
@@ -104,7 +105,7 @@ def model_of(directory="model", adapters=()):
 
 def test_every_sampling_option_arrives(place, monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr(generate, "stream", lambda m, t, prompt, **options: seen.update(options) or iter(["said"]))
+    monkeypatch.setattr(generate, "stream", lambda m, prompt, **options: seen.update(options) or iter(["said"]))
     argv = "--model model --prompt sacks --max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.25 --min-p 0.125"
     argv += " --repetition-penalty 1.5 --seed 7 --stop a --stop b\\n"
     assert said(capsys, *argv.split()) == "sackssaid\n"
@@ -117,7 +118,7 @@ def test_every_sampling_option_arrives(place, monkeypatch, capsys):
 
 def test_the_model_s_own_options_and_those_given(tmp_path, monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr(generate, "stream", lambda m, t, prompt, **options: seen.update(options) or iter(["said"]))
+    monkeypatch.setattr(generate, "stream", lambda m, prompt, **options: seen.update(options) or iter(["said"]))
     config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [5, 0]}
     speaking(tmp_path / "model", generation_config=config)
     said(capsys, "--model", tmp_path / "model", "--prompt", "sacks", "--top-p", "0.5")
@@ -129,8 +130,8 @@ def test_the_model_s_own_options_and_those_given(tmp_path, monkeypatch, capsys):
 
 
 def test_it_ends_before_a_stop_string(place, capsys):
-    model, tokenizer = model_of()
-    whole = complete(model, tokenizer, "The mill", max_new_tokens=40)
+    model, _ = model_of()
+    whole = complete(model, "The mill", max_new_tokens=40)
     stop = whole[12:15]
     argv = ["--model", "model", "--prompt", "The mill", "--max-new-tokens", 40]
     assert said(capsys, *argv, "--stop", stop) == "The mill" + whole[: whole.index(stop)] + "\n"
@@ -140,7 +141,7 @@ def test_it_ends_before_a_stop_string(place, capsys):
 def test_a_special_token_stops_it_too(place, monkeypatch, capsys):
     """No text shows it, so that a stop string would never be found."""
     seen = {}
-    monkeypatch.setattr(generate, "stream", lambda m, t, prompt, **options: seen.update(options) or iter(["said"]))
+    monkeypatch.setattr(generate, "stream", lambda m, prompt, **options: seen.update(options) or iter(["said"]))
     said(capsys, "--model", "model", "--prompt", "sacks", "--stop", "<|im_end|>", "--stop", "end")
     assert seen["stop"] == (0, load_tokenizer("model").token_to_id("<|im_end|>"))
 
@@ -149,11 +150,11 @@ def test_a_special_token_stops_it_too(place, monkeypatch, capsys):
 
 
 def test_what_each_adapter_writes(place, capsys):
-    model, tokenizer = model_of(adapters=[("a", "a"), ("mine", "b")])
+    model, _ = model_of(adapters=[("a", "a"), ("mine", "b")])
     texts = {}
     for name in (None, "a", "mine"):
         model.set_adapter(name)
-        texts[name] = "sacks" + complete(model, tokenizer, "sacks", max_new_tokens=9) + "\n"
+        texts[name] = "sacks" + complete(model, "sacks", max_new_tokens=9) + "\n"
     assert len(set(texts.values())) == 3
     argv = "--model model --prompt sacks --max-new-tokens 9"
     assert said(capsys, *argv.split()) == texts[None]
@@ -182,7 +183,7 @@ def test_the_names_of_adapters(given, names, place):
 def test_names_that_cannot_be(given, place, capsys):
     argv = [word for text in given for word in ("--adapter", text)]
     assert call("generate", "--model", "model", "--prompt", "sacks", *argv) == 2
-    assert "is no name for an adapter, or is another's" in capsys.readouterr().err
+    assert "cannot be an adapter's name, or is another's" in capsys.readouterr().err
 
 
 # ---- a conversation, piped ----
@@ -205,7 +206,7 @@ def answers(directory, turns, system=None, adapters=(), switch=None, **options):
         messages.append({"role": "user", "content": turn})
         ids = tokenizer.encode(template.render(messages, True), add_special_tokens=False).ids
         stop = (0, tokenizer.token_to_id("<|im_end|>"))
-        said = complete(model, tokenizer, ids, max_new_tokens=20, stop=stop, **options).strip()
+        said = complete(model, ids, max_new_tokens=20, stop=stop, **options).strip()
         messages.append({"role": "assistant", "content": said})
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
@@ -268,14 +269,14 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
         (["/"], "no command /: /help lists them"),
         (["/adapter"], "/adapter NAME or /adapter off"),
         (["/adapter c"], "no adapter 'c'; there are: none"),
-        (["Hi \udcff"], "the text is not UTF-8"),
-        (["word " * 300], r"the conversation's \d+ tokens fill the model's context of 256"),
+        (["Hi \udcff"], r"expected text, got half of a surrogate pair \(character \d+\): it is not UTF-8"),
+        (["word " * 300], r"the message's \d+ tokens fill the model's context of 256"),
     ],
 )
 def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert call("generate", "--chat", "--model", "model") == 2
-    assert re.fullmatch(f"refqlora generate: {message}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(f"{QUANTISED}refqlora generate: {message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -283,11 +284,11 @@ def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypa
     [
         ("--prompt sacks --chat", "argument --chat: not allowed with argument --prompt"),
         ("--prompt sacks --system kind", "--system goes with --chat"),
-        ("--prompt sacks --stop=", "a stop string must hold a character"),
-        ("--chat --stop=", "a stop string must hold a character"),
-        ("--chat --system \udcff", "the text is not UTF-8"),
-        ("--prompt sacks --min-p 2", "min_p must be 0 to 1, not 2.0"),
-        ("--prompt sacks --repetition-penalty 0", "repetition_penalty must be a positive number, not 0.0"),
+        ("--prompt sacks --stop=", "stop_strings: expected a list of texts that are not empty"),
+        ("--chat --stop=", "stop_strings: expected a list of texts that are not empty"),
+        ("--chat --system \udcff", "expected text, got half of a surrogate pair"),
+        ("--prompt sacks --min-p 2", "min_p: expected a number from 0 to 1, got 2.0"),
+        ("--prompt sacks --repetition-penalty 0", "repetition_penalty: expected a number above 0, got 0.0"),
         ("--prompt sacks --adapter a --adapter missing", "missing/adapter_config.json: no such file"),
     ],
 )
@@ -295,7 +296,7 @@ def test_options_that_cannot_be(argv, message, place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     assert call("generate", "--model", "model", *argv.split()) == 2
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"refqlora generate: .*\n", err)
+    assert re.fullmatch(rf"({QUANTISED})?refqlora generate: .*\n", err)
     assert message in err
     assert out == ""
 
@@ -311,10 +312,8 @@ def test_options_that_cannot_be(argv, message, place, monkeypatch, capsys):
 def test_an_answer_ends_where_the_template_ends_it(source, end, as_text, tmp_path, monkeypatch):
     """By a special token, or by plain text of which nothing is shown, though config.json knows another end."""
     model, tokenizer = model_of(speaking(tmp_path, source))
-    conversation = Conversation(
+    conversation = Chat(
         model,
-        tokenizer,
-        load_chat_template(tmp_path, tokenizer, 0),
         None,
         {"stop": (0,), "stop_strings": [], "seed": 0},
     )
@@ -335,10 +334,8 @@ def test_an_answer_ends_where_the_template_ends_it(source, end, as_text, tmp_pat
 
 def test_the_cache_serves_from_turn_to_turn(place, monkeypatch):
     model, tokenizer = model_of("chatml")
-    conversation = Conversation(
+    conversation = Chat(
         model,
-        tokenizer,
-        load_chat_template("chatml", tokenizer, 0),
         None,
         {"stop": (0,), "stop_strings": [], "seed": 0, "max_new_tokens": 60},
     )
@@ -360,19 +357,51 @@ def test_the_cache_serves_from_turn_to_turn(place, monkeypatch):
 
 
 def test_an_answer_that_is_broken_off_was_said_so_far(place):
-    model, tokenizer = model_of("chatml")
-    template = load_chat_template("chatml", tokenizer, 0)
+    model, _ = model_of("chatml")
     options = {"stop": (0,), "stop_strings": [], "seed": 0, "max_new_tokens": 20}
-    conversation = Conversation(model, tokenizer, template, None, options)
+    conversation = Chat(model, None, options)
     answer = conversation.say("Hi")
     pieces = next(answer) + next(answer) + next(answer)
     answer.close()
     assert [m["content"] for m in conversation.messages] == ["Hi", pieces.rstrip()]
     before = list(conversation.messages)
-    nothing = Conversation(model, tokenizer, template, None, {**options, "max_new_tokens": 0})
+    nothing = Chat(model, None, {**options, "max_new_tokens": 0})
     nothing.messages = before
     assert "".join(nothing.say("Well?")) == ""
     assert nothing.messages == before  # roles must alternate: a question without an answer was not asked
+
+
+def test_the_oldest_turns_are_forgotten_where_the_context_ends(place, monkeypatch, capsys):
+    """The prompt always leaves room for an answer; the system message and the new question stay."""
+    model, tokenizer = model_of("chatml")
+    chat = Chat(model, "Be kind.", {"stop": (0,), "stop_strings": [], "seed": 0, "max_new_tokens": 20})
+    context, turns = model.config.max_positions, 0
+    for i in range(12):
+        text = "".join(chat.say(f"{i}: how many sacks?"))
+        assert text
+        assert chat.messages[0]["content"] == "Be kind."
+        assert [m["content"] for m in chat.messages[-2:]] == [f"{i}: how many sacks?", text.rstrip()]
+        asked = tokenizer.encode(chat.template.render(chat.messages[:-1], True), add_special_tokens=False).ids
+        assert len(asked) <= context - 20
+        turns = max(turns, len(chat.messages))
+    assert len(chat.messages) <= turns < 25
+    assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * (len(chat.messages) // 2)]
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"(\(the context is full: the oldest (turn is|\d+ turns are) forgotten\)\n)+", err)
+    with pytest.raises(ValueError, match=r"the message's \d+ tokens fill the model's context of 256"):
+        "".join(chat.say("word " * 300))
+    assert "".join(chat.say("Well?"))  # it goes on
+
+
+def test_what_is_quantised_already_is_not_said_to_be(place, capsys):
+    for argv in (["--model", "model", "--no-quantize"], ["--model", "model"]):
+        assert call("generate", "--prompt", "sacks", "--max-new-tokens", 1, *argv) == 0
+        assert capsys.readouterr().err == ("" if "--no-quantize" in argv else QUANTISED)
+    assert call("quantize", "--model", "model", "--out", "four") == 0
+    shutil.copy(place / "model" / "tokenizer.json", place / "four")
+    capsys.readouterr()
+    assert call("generate", "--prompt", "sacks", "--max-new-tokens", 1, "--model", "four") == 0
+    assert capsys.readouterr().err == ""
 
 
 # ---- a conversation at a terminal ----
@@ -380,8 +409,8 @@ def test_an_answer_that_is_broken_off_was_said_so_far(place):
 
 def test_ctrl_c_at_the_prompt_begins_a_new_line(place, monkeypatch, capsys):
     """Given here as Python gives it: readline may miss a signal in the moment before it waits for a key."""
-    model, tokenizer = model_of("chatml")
-    conversation = Conversation(model, tokenizer, load_chat_template("chatml", tokenizer, 0), None, {})
+    model, _ = model_of("chatml")
+    conversation = Chat(model, None, {})
     typed = iter([KeyboardInterrupt, "/nonsense", KeyboardInterrupt, "/adapters", EOFError, "never read"])
 
     def read(prompt):

@@ -273,11 +273,11 @@ BAD = [
     (FINETUNE + "--data short.txt", "the text has 5 tokens; a block of 16 needs 17"),
     (FINETUNE + "--data latin.txt", "latin.txt: not UTF-8 text: byte offset 2"),
     (FINETUNE + "--data nothing", "nothing: neither a file nor a directory with files"),
-    (FINETUNE + "--data none.jsonl", "none.jsonl: expected an example on each line, found none"),
+    (FINETUNE + "--data none.jsonl", "none.jsonl: expected an example on each line, or an array of them, got none"),
     (FINETUNE + "--data broken.jsonl", "broken.jsonl:4: expected a JSON object"),
-    (FINETUNE + "--data keys.jsonl", "keys.jsonl:3: the line: expected"),
-    (FINETUNE + "--data mute.jsonl", "mute.jsonl:1: expected a completion, found an empty one"),
-    (FINETUNE + "--data one.jsonl", "nothing left to train on: 1 of 1"),
+    (FINETUNE + "--data keys.jsonl", "keys.jsonl:3: expected the keys .*, got prompt, answer"),
+    (FINETUNE + "--data mute.jsonl", "mute.jsonl:1: expected a completion, got an empty one"),
+    (FINETUNE + "--data one.jsonl", "takes 1 of 1 examples or blocks of text: nothing is left to train on"),
     (FINETUNE + "--model missing", "missing: no such directory"),
     (FINETUNE + "--model text.txt", "text.txt: is a file; a model is the directory"),
     (FINETUNE + "--model nothing", "nothing/config.json: no such file"),
@@ -323,11 +323,11 @@ BAD = [
     ("finetune --data text.txt --model model --epochs inf", "--epochs: expected a number above 0, got inf"),
     ("finetune --data text.txt --model model --epochs nan", "--epochs: expected a number above 0, got nan"),
     (FINETUNE + "--max-length 65", "max length: expected 2 to 64, the model's context, got 65"),
+    (FINETUNE + "--max-length 1", "max length: expected 2 to 64, the model's context, got 1"),
     (FINETUNE + "--max-length 0", "--max-length: expected a whole number of 1 or more, got '0'"),
-    (FINETUNE + "--held-out 1.5", "the held-out fraction must be between 0 and 1, not 1.5"),
-    (FINETUNE + "--held-out 0", "the held-out fraction must be between 0 and 1, not 0.0"),
-    (FINETUNE + "--held-out nan", "the held-out fraction must be between 0 and 1, not nan"),
-    (FINETUNE + "--held-out 0.99", "nothing left to train on"),
+    (FINETUNE + "--held-out 1.5", "the held-out fraction: expected 0 or more and less than 1, got 1.5"),
+    (FINETUNE + "--held-out nan", "the held-out fraction: expected 0 or more and less than 1, got nan"),
+    (FINETUNE + "--held-out 0.99", "nothing is left to train on"),
     (FINETUNE + "--lr nan", "lr: expected a finite number, 0 or more, got nan"),
     (FINETUNE + "--lr -1", "lr: expected a finite number, 0 or more, got -1.0"),
     (FINETUNE + "--lr fast", "--lr: invalid float value: 'fast'"),
@@ -348,13 +348,13 @@ BAD = [
     (GENERATE + "--adapter missing", "missing/adapter_config.json: no such file"),
     (GENERATE + "--adapter model", "model/adapter_config.json: no such file"),
     (GENERATE + "--adapter other-adapter", r"other-adapter: .*lora_A\.weight has shape \(2, 48\), expected \(2, 40\)"),
-    (GENERATE + "--temperature -1", "temperature must be 0 or more, not -1.0"),
-    (GENERATE + "--temperature nan", "temperature must be 0 or more, not nan"),
-    (GENERATE + "--top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
+    (GENERATE + "--temperature -1", "temperature: expected a number of 0 or more, got -1.0"),
+    (GENERATE + "--temperature nan", "temperature: expected a number of 0 or more, got nan"),
+    (GENERATE + "--top-p 0", "top_p: expected a number above 0 and at most 1, got 0.0"),
     (GENERATE + "--top-k -1", "--top-k: expected a whole number of 0 or more, got '-1'"),
     (GENERATE + "--max-new-tokens 0", "--max-new-tokens: expected a whole number of 1 or more, got '0'"),
-    (GENERATE + "--prompt=", "the prompt holds no token"),
-    (GENERATE + "--prompt \udcff", "the text is not UTF-8"),
+    (GENERATE + "--prompt=", "prompt: expected at least one token, got none"),
+    (GENERATE + "--prompt \udcff", "expected text, got half of a surrogate pair"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
     ("demo --steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
     ("demo --out text.txt", "File exists: 'text.txt'"),
@@ -499,7 +499,8 @@ def test_a_prompt_from_the_pipe(place):
     run = subprocess.run(
         [*argv, "--prompt", "-"], input="Zoë\n", capture_output=True, env=environment, encoding="utf-8"
     )
-    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.returncode, run.stderr.count("\n")) == (0, 1)
+    assert "quantised to NF4" in run.stderr
     assert run.stdout.startswith("Zoë\n")
     run = subprocess.run([*argv, "--model", "no"], capture_output=True, env=environment, encoding="utf-8")
     assert (run.returncode, run.stdout, run.stderr) == (

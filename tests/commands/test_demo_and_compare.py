@@ -167,7 +167,7 @@ def test_its_files_are_its_figures(base, demonstrated):
     assert evaluate(model, source).bits_per_byte == facts["source_bits_per_byte"]["adapter"]
     for written in facts["written"]:
         how = {"max_new_tokens": 60, "stop": (0,), "repetition_penalty": facts["repetition_penalty"]}
-        assert complete(model, tokenizer, written["prompt"], **how) == written["after"]
+        assert complete(model, written["prompt"], tokenizer=tokenizer, **how) == written["after"]
 
 
 def test_it_shows_functions_that_are_held_out(demonstrated):
@@ -380,7 +380,8 @@ def test_it_has_learnt_python(its_model):
         "def count(items):\n",
         "class Queue:\n    def pop(self):\n",
     )
-    texts = [prompt + complete(its_model, tokenizer, prompt, max_new_tokens=60, stop=(0,)) for prompt in prompts]
+    options = {"tokenizer": tokenizer, "max_new_tokens": 60, "stop": (0,)}
+    texts = [prompt + complete(its_model, prompt, **options) for prompt in prompts]
     lines = [text.split("\n")[:-1] for text in texts]  # the last line may be cut
     assert any(parses(some[:n]) for some in lines for n in range(3, len(some) + 1))
     words = {

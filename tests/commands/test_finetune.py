@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 import refqlora as rq
 from refqlora import adapters
 from refqlora.commands import finetune as module
-from refqlora.commands.finetune import finetune, read_data, tokenized
+from refqlora.commands.finetune import finetune
 from refqlora.files.reading import read_json
 from refqlora.text.chat import load_chat_template
+from refqlora.text.data_files import datasets, read_dataset
 from refqlora.text.tokenizer import load_tokenizer
 from refqlora.training import evaluate
 
@@ -54,7 +55,7 @@ def settled(facts, printed, out):
 
 def sets(data, base, max_length=64):
     tokenizer = load_tokenizer(base)
-    return tokenized(read_data(data, load_chat_template(base, tokenizer, 0)), tokenizer, 0, max_length, 0.25, 0)
+    return read_dataset(data, tokenizer, load_chat_template(base, tokenizer, 0), 0, max_length, 0.25, 0)
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +219,13 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
     config = read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 0]}))
     seen = []
-    read = module.tokenized
 
     def spy(*args):
-        seen.extend(read(*args))
+        seen.extend(datasets(*args))
         return seen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "tokenized", spy)
+        patch.setattr(module, "datasets", spy)
         go(pairs, tmp_path / "out", tmp_path)
     assert {int(labels[-1]) for part in seen for labels in part.labels} == {7}
 
@@ -242,7 +242,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"adapter": {"targets": ("w_q",)}}, "targets: 'w_q' matches no linear"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* got 5"),
-        ({"held_out": 1.0}, "the held-out fraction must be between 0 and 1, not 1.0"),
+        ({"held_out": 1.0}, "the held-out fraction: expected 0 or more and less than 1, got 1.0"),
     ],
 )
 def test_nothing_is_begun_with_what_cannot_be_used(options, message, pairs, base, tmp_path):

@@ -21,9 +21,9 @@ from chat_templates import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, processors
 
-from refqlora.text.chat import PLAIN, ChatTemplate, Marked, load_chat_template
+from refqlora.text.chat import PLAIN, ChatTemplate, load_chat_template
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -53,60 +53,6 @@ def test_the_messages_are_left_as_they_were():
         ValueError, match="refuses the messages: access to attribute 'append' of 'list' object is unsafe"
     ):
         template(source).render(messages("Hi"))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ strftime_now.__globals__ }}",
-        "{{ namespace.__init__.__globals__ }}",
-        "{{ dict.mro() }}",
-        "{{ '{0.__class__}'.format(messages) }}",
-        "{% include '/etc/passwd' %}",
-        "{% import 'os' as os %}{{ os }}",
-    ],
-)
-def test_a_template_is_kept_from_the_interpreter(source):
-    try:
-        text = template(source).render(messages("Hi"))
-    except ValueError as error:
-        assert "refuses the messages" in str(error)  # noqa: PT017  (it may also render to nothing)
-    else:
-        assert text == ""
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ raise_exception('Two\n lines') }}", "the chat template refuses the messages: Two lines"),
-        ("{{ messages[7].content.x }}", "refuses the messages: .*no element 7"),
-        ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
-        ("{{ 'a' + 1 }}", "refuses the messages: can only concatenate str"),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses the messages: Range too big"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the messages: maximum recursion depth"),
-    ],
-)
-def test_what_goes_wrong_in_a_template_is_one_line_that_names_the_file(source, message):
-    with pytest.raises(ValueError, match=f"^a/b.json: .*{message}") as error:
-        ChatTemplate(source, TOKENS, where="a/b.json").render(messages("Hi"))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ messages", "line 1 of the chat template: unexpected end of template"),
-        ("a\nb\n{% for %}", "line 3 of the chat template: "),
-        ("{% generation %}a", "line 1 of the chat template: "),
-        ("{{ messages | nothing }}", "line 1 of the chat template: No filter named 'nothing'"),
-    ],
-)
-def test_a_template_that_is_none(source, message):
-    with pytest.raises(ValueError, match=f"^a/b.json: {message}"):
-        ChatTemplate(source, TOKENS, where="a/b.json")
 
 
 # ---- what counts ----
@@ -212,7 +158,7 @@ def test_marks_that_mark_nothing():
 def test_nothing_said():
     for talk in ([], messages("Hi"), messages("Hi", ""), messages("Hi", "\n ")):
         for source in (CHATML, GENERATION):
-            with pytest.raises(ValueError, match="expected something said by the assistant, found nothing"):
+            with pytest.raises(ValueError, match="expected something said by the assistant, got nothing"):
                 template(source).examples(talk)
 
 
@@ -237,52 +183,13 @@ def test_every_answer_counts_once_and_whole(contents, source):
     assert all(answer in part for answer, part in zip(contents[1::2], found, strict=True))
 
 
-# ---- tokens ----
+# ---- files ----
 
 
 def special(*tokens):
     tokenizer = Tokenizer.from_str(tiny.tokenizer().to_str())
     tokenizer.add_special_tokens(list(tokens))
     return tokenizer
-
-
-def test_special_tokens_in_the_text_are_read_and_none_is_added():
-    tokenizer = special("<s>", "<|im_start|>", "<|im_end|>")
-    bos = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    (text,) = template(GENERATION).examples(TALK[1:])
-    ids, counts = text.tokenize(tokenizer)
-    assert ids.count(bos) == 1
-    assert ids[0] == bos
-    assert [tokenizer.id_to_token(i) for i in ids].count("<|im_end|>") == 4
-    assert ids[-1] == tokenizer.token_to_id("<|im_end|>")
-    assert counts[-1]
-    said = [i for i, count in zip(ids, counts, strict=True) if count]
-    assert tokenizer.decode(said, skip_special_tokens=False) == "Hello there<|im_end|> Two.\n<|im_end|>"
-
-
-@pytest.mark.parametrize("said", ["🐟", "Zoë", " 日本", "a🐟b", "\n"])
-def test_all_bytes_of_a_character_count(said):
-    tokenizer = tiny.tokenizer()
-    text = f"The 🐟 {said}→ mill"
-    start = text.index(said, 6)
-    ids, counts = Marked(text, ((start, start + len(said)),)).tokenize(tokenizer)
-    counted = [i for i, count in zip(ids, counts, strict=True) if count]
-    assert said in tokenizer.decode(counted)
-    assert len(tokenizer.decode(counted)) <= len(said) + 1  # a token may have a space of the neighbour's
-    assert counts[-1]
-    assert not counts[0]
-
-
-def test_what_the_tokenizer_drops():
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
-    tokenizer.normalizer = normalizers.Replace("x", "")
-    assert Marked("a", ((0, 1),)).tokenize(tokenizer) == ([0], [True])
-    with pytest.raises(ValueError, match="the tokenizer has no token for what is said in 'x'"):
-        Marked("x", ((0, 1),)).tokenize(tokenizer)
-
-
-# ---- files ----
 
 
 def directory(path, tokenizer=None, config=None, **files):
@@ -327,9 +234,17 @@ def test_an_end_that_is_no_token_at_all(eos, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"chat_template": 7}, r'tokenizer_config\.json: "chat_template" must be text, or a list'),
-        ({"chat_template": ["a"]}, r'tokenizer_config\.json: "chat_template" must be text, or a list'),
-        ({"chat_template": [{"name": "default", "template": None}]}, r'"chat_template" must be text, or a list'),
+        (
+            {"chat_template": 7},
+            r"tokenizer_config\.json: chat_template: expected text, or a list of objects with .* got 7",
+        ),
+        ({"chat_template": ["a"]}, r'tokenizer_config\.json: chat_template: expected text, or a list .*, got \["a"\]'),
+        (
+            {"chat_template": [{"name": ["a"], "template": "b"}]},
+            r"tokenizer_config\.json: chat_template: expected text",
+        ),
+        ({"chat_template": {"a": 1}}, r'tokenizer_config\.json: chat_template: expected text, .* got {"a": 1}'),
+        ({"chat_template": [{"name": "default", "template": None}]}, r"chat_template: expected text, or a list"),
         ({"chat_template": [{"name": "rag", "template": "a"}]}, "no chat template is named default; there are: rag"),
         ({"chat_template": "{{ messages"}, r"tokenizer_config\.json: line 1 of the chat template: unexpected end"),
         ([], r"tokenizer_config\.json: expected a JSON object, found list"),
@@ -343,23 +258,8 @@ def test_what_is_wrong_with_the_file(config, message, tmp_path):
 def test_what_is_wrong_with_a_jinja_file(tmp_path):
     with pytest.raises(ValueError, match=r"chat_template\.jinja: line 2 of the chat template"):
         load_chat_template(*directory(tmp_path, chat_template_jinja=b"a\n{{"), 0)
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: a chat template is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8 text"):
         load_chat_template(*directory(tmp_path, chat_template_jinja=b"\xff"), 0)
-
-
-def test_sentencepiece_spaces_are_counted_with_their_word():
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁Hi", "▁Hello", ":", "▁"])}
-    tokenizer = Tokenizer(
-        models.BPE({**vocabulary, **{c: 6 + i for i, c in enumerate("▁Hielo")}}, [], unk_token="<unk>")
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Replace("▁", " ")
-    tokenizer.add_special_tokens(["</s>"])
-    (text,) = ChatTemplate(
-        "{% for m in messages %}{{ m.content }}:{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}", {}
-    ).examples(messages("Hi", "Hello"))
-    ids, counts = text.tokenize(tokenizer)
-    assert [tokenizer.id_to_token(i) for i, count in zip(ids, counts, strict=True) if count] == [*"Hello", ":", "</s>"]
 
 
 def test_all_conversations_of_all_templates_learn_what_is_said():

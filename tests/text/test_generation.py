@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import refqlora as rq
 from refqlora.text import generation
-from refqlora.text.generation import PrefixCache, complete, generate, generation_options, stream, until
+from refqlora.text.generation import complete, end_tokens, generate, generation_options, stream, until
 from refqlora.text.sampling import Sampling
 from refqlora.text.tokenizer import END_OF_TEXT
 
@@ -96,163 +96,6 @@ def test_each_token_is_drawn_given_all_before_it(unsure, options):
     assert tokens(unsure, max_new_tokens=30, seed=5, **options) == expected[len(PROMPT) :]
 
 
-# ---- the prefix cache ----
-
-
-class Counted(PrefixCache):
-    """A cache that notes how many positions the model read for each logits."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.read = []
-
-    def logits(self, tokens):
-        forward, positions = self.model.forward, []
-        self.model.forward = lambda t, **kw: positions.append(t.shape[1]) or forward(t, **kw)
-        try:
-            return super().logits(tokens)
-        finally:
-            del self.model.forward
-            self.read.append(sum(positions))
-
-
-def whole(model, tokens):
-    return model.forward(np.array([tokens]))[0][0, -1]
-
-
-def test_what_a_text_shares_with_the_last_is_not_read_again(unsure):
-    cache = Counted(unsure)
-    texts = [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 7, 8], [1, 2, 7], [1, 2, 7], [9], [9, 1, 2], [1, 9]]
-    for text in texts:
-        np.testing.assert_allclose(cache.logits(text), whole(unsure, text), rtol=0, atol=1e-12)
-        assert cache.tokens == text
-        assert cache.kv.length == len(text)
-    assert cache.read == [3, 1, 2, 2, 1, 1, 1, 2, 2]
-
-
-@pytest.fixture
-def adapted(unsure):
-    """With two adapters that say something else, none active."""
-    for seed, name in enumerate(("a", "b")):
-        unsure.add_adapter(name, rank=4, seed=seed)
-        for p in unsure.trainable().values():
-            p += np.random.default_rng(seed).normal(0, 0.05, p.shape)
-    unsure.set_adapter(None)
-    return unsure
-
-
-def test_keys_of_another_adapter_are_not_used(adapted):
-    cache, text = Counted(adapted), [1, 2, 3, 4, 5]
-    found = {}
-    for name in ("a", None, "b", "b", None, "a"):
-        adapted.set_adapter(name)
-        found[name] = cache.logits(text)
-        np.testing.assert_allclose(found[name], whole(adapted, text), rtol=0, atol=1e-12)
-    assert cache.read == [5, 5, 5, 1, 5, 5]
-    assert all(abs(found[name] - found[None]).max() > 0.1 for name in ("a", "b"))
-
-
-def test_an_adapter_loaded_anew_under_its_old_name_is_another(adapted):
-    cache, text = PrefixCache(adapted), [1, 2, 3, 4, 5]
-    adapted.set_adapter("a")
-    cache.logits(text)
-    del adapted.adapters["a"]
-    adapted.add_adapter("a", rank=2)
-    np.testing.assert_allclose(cache.logits(text), whole(adapted, text), rtol=0, atol=1e-12)
-
-
-def test_the_adapter_may_change_while_it_speaks(adapted):
-    adapted.set_adapter("a")
-    expected = list(PROMPT)
-    for name in [*"aaa", None, None, *"bbb"]:
-        adapted.set_adapter(name)
-        expected.append(int(whole(adapted, expected).argmax()))
-    adapted.set_adapter("a")
-    found, names = [], iter([*"aa", None, None, *"bbb", None])
-    for token in generate(adapted, PROMPT, max_new_tokens=8):
-        found.append(token)
-        adapted.set_adapter(next(names))
-    assert found == expected[len(PROMPT) :]
-
-
-def test_a_stale_cache_would_be_seen(adapted):
-    """The tests above can fail: with the other adapter's keys the logits are far off."""
-    cache, text = PrefixCache(adapted), [1, 2, 3, 4, 5]
-    adapted.set_adapter("a")
-    cache.logits(text)
-    adapted.set_adapter("b")
-    cache.made_for = adapted.adapters["b"], cache.made_for[1]  # as if it had not changed
-    assert abs(cache.logits(text) - whole(adapted, text)).max() > 0.1
-
-
-def test_an_interrupted_forward_leaves_the_cache_right(unsure, monkeypatch):
-    """Ctrl-C may come in any layer, when some have stored new positions and others have not."""
-    cache = PrefixCache(unsure)
-    cache.logits([1, 2, 3])
-    for layer in range(unsure.config.layers):
-        for when in ("before", "after"):
-            extend = cache.kv.extend
-
-            def interrupted(i, k, v, extend=extend, layer=layer, when=when):
-                if when == "after":
-                    extend(i, k, v)
-                if i == layer:
-                    raise KeyboardInterrupt
-                return extend(i, k, v)
-
-            monkeypatch.setattr(cache.kv, "extend", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                cache.logits([1, 2, 9, 9, 9, 9])
-            monkeypatch.undo()
-            for text in ([1, 2, 3, 4], [1, 2, 5]):
-                np.testing.assert_allclose(cache.logits(text), whole(unsure, text), rtol=0, atol=1e-12)
-
-
-def test_a_long_prompt_is_read_in_pieces(unsure, monkeypatch):
-    text = list(range(1, 50))
-    expected = whole(unsure, text)
-    monkeypatch.setattr(generation, "AT_ONCE", 7)
-    cache = Counted(unsure)
-    seen, forward = [], unsure.forward
-    monkeypatch.setattr(unsure, "forward", lambda t, **kw: seen.append(t.shape[1]) or forward(t, **kw), raising=False)
-    np.testing.assert_allclose(PrefixCache(unsure).logits(text), expected, rtol=0, atol=1e-12)
-    assert seen == [7] * 7
-    del cache
-
-
-WINDOW = {"windows": (4, None)}
-FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 12}
-LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 5.0, **FACTORS}}
-
-
-@pytest.mark.parametrize("changes", [{}, WINDOW, LONGROPE, WINDOW | LONGROPE], ids=["", "window", "longrope", "both"])
-@pytest.mark.parametrize("at_once", [3, 5, 256])
-def test_windows_and_frequencies_that_change_with_the_length(changes, at_once, monkeypatch):
-    """Past 12 tokens LongRoPE turns keys by other frequencies: those that were made before are of no use, and back."""
-    monkeypatch.setattr(generation, "AT_ONCE", at_once)
-    model = rq.Model.from_config(tiny.config(**changes), 2, np.float64)
-    model.params["lm_head.weight"] *= 12
-    cache, text = Counted(model), list(range(1, 30))
-    for n in (9, 11, 12, 13, 14, 29, 12, 5, 20):
-        np.testing.assert_allclose(cache.logits(text[:n]), whole(model, text[:n]), rtol=0, atol=1e-12)
-    anew = "rope_scaling" in changes
-    assert cache.read == [9, 2, 1, 13 if anew else 1, 1, 15, 12 if anew else 1, 1, 20 if anew else 15]
-    expected = list(PROMPT)
-    for _ in range(20):
-        expected.append(int(whole(model, expected).argmax()))
-    assert tokens(model, max_new_tokens=20) == expected[len(PROMPT) :]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_shared_cache_changes_no_token(unsure, temperature):
-    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 4}
-    cache, prompt = PrefixCache(unsure), list(PROMPT)
-    for _ in range(3):  # turns of a conversation, each with the answer before
-        answer = tokens(unsure, prompt, **options)
-        assert tokens(unsure, prompt, cache=cache, **options) == answer
-        prompt += [*answer[:8], 7, 7]
-
-
 # ---- where it ends ----
 
 
@@ -260,7 +103,7 @@ def test_a_stop_token_ends_it_and_is_not_given(model):
     free = tokens(model, max_new_tokens=30)
     for stop in (free[4], free[0]):
         assert tokens(model, max_new_tokens=30, stop=(999, stop)) == free[: free.index(stop)]
-    assert tokens(model, max_new_tokens=30, stop=(None,)) == free
+    assert tokens(model, max_new_tokens=30, stop=()) == free
     assert tokens(model, max_new_tokens=0) == []
 
 
@@ -275,13 +118,23 @@ def test_it_ends_where_the_context_ends(model):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([], {}, "the prompt holds no token"),
+        ([], {}, "prompt: expected at least one token, got none"),
         ([1] * 64, {}, "the prompt's 64 tokens fill the model's context of 64"),
-        ([300], {}, "tokens: 300 is outside the vocabulary of 300"),
-        ([-1], {}, "tokens: -1 is outside"),
-        (PROMPT, {"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
-        (PROMPT, {"temperature": float("nan")}, "temperature must be 0 or more, not nan"),
-        (PROMPT, {"top_k": -1}, "top_k must be a whole number of 0 or more, not -1"),
+        ([300], {}, "300 is outside the vocabulary of 300"),
+        ([-1], {}, "prompt: expected a whole number of 0 or more, got -1"),
+        ([1.5], {}, "prompt: expected a whole number of 0 or more, got 1.5"),
+        ("sacks", {}, "prompt: expected token ids, got text 'sacks'"),
+        (5, {}, "prompt: expected token ids, got 5"),
+        (PROMPT, {"stop": 5}, "stop: expected token ids, got 5"),
+        (PROMPT, {"stop": (None,)}, "stop: expected a whole number of 0 or more, got None"),
+        (PROMPT, {"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number of 0 or more, got 1.5"),
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens: expected a whole number of 0 or more, got -1"),
+        (PROMPT, {"seed": 1.5}, "seed: expected a whole number of 0 or more, got 1.5"),
+        (PROMPT, {"seed": "x" * 1000}, "seed: expected a whole number of 0 or more, got '[x]{39}$"),
+        (PROMPT, {"temperature": "x"}, "temperature: expected a number of 0 or more, got 'x'"),
+        (PROMPT, {"temperature": -0.1}, "temperature: expected a number of 0 or more, got -0.1"),
+        (PROMPT, {"temperature": float("nan")}, "temperature: expected a number of 0 or more, got nan"),
+        (PROMPT, {"top_k": -1}, "top_k: expected a whole number of 0 or more, got -1"),
     ],
 )
 def test_what_cannot_be_generated_from_is_refused(model, prompt, options, message):
@@ -311,8 +164,8 @@ def test_pieces_are_whole_characters(text, monkeypatch):
     ids = bytes_as_tokens(tokenizer, text.encode())
     assert len(ids) == len(text.encode())
     speak(monkeypatch, ids)
-    pieces = list(stream(None, tokenizer, "The mill ë"))
-    assert "".join(pieces) == complete(None, tokenizer, "The mill ë") == text
+    pieces = list(stream(None, "The mill ë", tokenizer=tokenizer))
+    assert "".join(pieces) == complete(None, "The mill ë", tokenizer=tokenizer) == text
     if UNKNOWN not in text:
         assert [piece for piece in pieces if piece] == list(text)
 
@@ -325,8 +178,8 @@ def test_broken_characters_come_out_as_they_are_decoded(cut, monkeypatch):
     """Cut off by the end, or never meant to be text: nothing of it is held back for good."""
     tokenizer = tiny.tokenizer()
     speak(monkeypatch, bytes_as_tokens(tokenizer, cut))
-    pieces = list(stream(None, tokenizer, "The mill"))
-    assert "".join(pieces) == complete(None, tokenizer, "The mill") == cut.decode(errors="replace")
+    pieces = list(stream(None, "The mill", tokenizer=tokenizer))
+    assert "".join(pieces) == complete(None, "The mill", tokenizer=tokenizer) == cut.decode(errors="replace")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -337,8 +190,8 @@ def test_stream_is_complete_in_pieces(unsure, seed):
     ids = tokens(unsure, tokenizer.encode("The mill").ids, **options)
     expected = tokenizer.decode(ids)
     assert UNKNOWN in expected
-    pieces = list(stream(unsure, tokenizer, "The mill", **options))
-    assert "".join(pieces) == complete(unsure, tokenizer, "The mill", **options) == expected
+    pieces = list(stream(unsure, "The mill", tokenizer=tokenizer, **options))
+    assert "".join(pieces) == complete(unsure, "The mill", tokenizer=tokenizer, **options) == expected
     assert len(pieces) > 20
 
 
@@ -346,7 +199,7 @@ def test_special_tokens_are_no_text(monkeypatch):
     tokenizer = tiny.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     speak(monkeypatch, [end, *tokenizer.encode("sacks").ids, end])
-    assert complete(None, tokenizer, END_OF_TEXT + "two") == "sacks"
+    assert complete(None, END_OF_TEXT + "two", tokenizer=tokenizer) == "sacks"
 
 
 def test_a_sentencepiece_word_keeps_its_space(monkeypatch):
@@ -361,14 +214,16 @@ def test_a_sentencepiece_word_keeps_its_space(monkeypatch):
     assert tokenizer.encode("two").ids == [1]
     speak(monkeypatch, [2, 4, 5, 1, 3])
     assert tokenizer.decode([2, 4, 5, 1, 3]) == "sacksë twos"  # by itself it has lost its space
-    assert list(stream(None, tokenizer, "two")) == [" sacks", "ë", " two", "s", ""]
-    assert complete(None, tokenizer, "two") == " sacksë twos"
+    assert list(stream(None, "two", tokenizer=tokenizer)) == [" sacks", "ë", " two", "s", ""]
+    assert complete(None, "two", tokenizer=tokenizer) == " sacksë twos"
 
 
 def test_a_prompt_may_be_tokens():
     tokenizer, model = tiny.tokenizer(), rq.Model.from_config(tiny.config(), 2)
     ids = tokenizer.encode("The mill").ids
-    assert complete(model, tokenizer, ids, max_new_tokens=9) == complete(model, tokenizer, "The mill", max_new_tokens=9)
+    assert complete(model, ids, tokenizer=tokenizer, max_new_tokens=9) == complete(
+        model, "The mill", tokenizer=tokenizer, max_new_tokens=9
+    )
 
 
 # ---- stop strings ----
@@ -421,7 +276,7 @@ def test_stop_strings_across_tokens(stop, monkeypatch):
     ids = bytes_as_tokens(tokenizer, text.encode())
     taken = []
     monkeypatch.setattr(generation, "generate", lambda m, p, **options: (taken.append(t) or t for t in ids))
-    pieces = list(stream(None, tokenizer, "The mill", stop_strings=["nothing", stop]))
+    pieces = list(stream(None, "The mill", tokenizer=tokenizer, stop_strings=["nothing", stop]))
     assert "".join(pieces) == text[: text.index(stop)]
     assert UNKNOWN not in "".join(pieces)
     assert len(taken) == len((text[: text.index(stop)] + stop).encode())  # and it stops at once
@@ -429,17 +284,18 @@ def test_stop_strings_across_tokens(stop, monkeypatch):
 
 def test_a_stop_string_in_the_prompt_stops_nothing(model):
     tokenizer = tiny.tokenizer()
-    free = complete(model, tokenizer, "The mill", max_new_tokens=20)
-    assert complete(model, tokenizer, "The mill", max_new_tokens=20, stop_strings=["The mill"]) == free
+    free = complete(model, "The mill", tokenizer=tokenizer, max_new_tokens=20)
+    assert complete(model, "The mill", tokenizer=tokenizer, max_new_tokens=20, stop_strings=["The mill"]) == free
     assert (
-        complete(model, tokenizer, "The mill", max_new_tokens=20, stop_strings=[free[8:10]])
+        complete(model, "The mill", tokenizer=tokenizer, max_new_tokens=20, stop_strings=[free[8:10]])
         == free[: free.index(free[8:10])]
     )
 
 
 def test_a_stop_string_of_nothing_is_refused(model):
-    with pytest.raises(ValueError, match="a stop string must hold a character"):
-        stream(model, tiny.tokenizer(), "The mill", stop_strings=["a", ""])
+    for stops in (["a", ""], "a", [5]):
+        with pytest.raises(ValueError, match="stop_strings: expected a list of texts that are not empty"):
+            stream(model, "The mill", tokenizer=tiny.tokenizer(), stop_strings=stops)
 
 
 # ---- generation_config.json ----
@@ -484,3 +340,26 @@ def test_what_is_wrong_in_it_is_told_with_the_file(content, message, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
         generation_options(tmp_path)
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, ()), (3, (3,)), ((3, 5), (3, 5)), ((), ())])
+def test_the_end_tokens_are_one_or_several_or_none(eos, expected):
+    assert end_tokens(tiny.config(eos_token_id=eos)) == expected
+
+
+# ---- from text to text ----
+
+
+def test_a_model_knows_its_tokenizer(tmp_path):
+    model = rq.Model.from_pretrained(tiny.save(tmp_path))
+    tokenizer = tiny.tokenizer()
+    assert model.tokenizer.to_str() == tokenizer.to_str()
+    expected = rq.complete(model, "The mill", tokenizer=tokenizer, max_new_tokens=9)
+    assert rq.complete(model, "The mill", max_new_tokens=9) == expected
+    with pytest.raises(ValueError, match="the model has no tokenizer, as it was not read from a directory"):
+        rq.complete(rq.Model.from_config(tiny.config()), "The mill")
+
+
+def test_options_are_checked_before_the_first_token(unsure):
+    with pytest.raises(ValueError, match="seed: expected"):
+        generate(unsure, PROMPT, seed=-1)

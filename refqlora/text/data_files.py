@@ -1,0 +1,258 @@
+"""Training text from files as people have them: texts to be read whole, and examples in JSON in the usual spellings."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .dataset import Dataset, split
+from .encoding import pack_split, tokenize_examples
+from .examples import Conversation, Document, Example
+from .tokenizer import check_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from .chat import ChatTemplate, Message
+
+# How examples are spelt: the keys that each must have, and those that it may have. The first kind that fits is taken.
+KINDS = (
+    (("messages",), ()),
+    (("conversations",), ("system",)),  # ShareGPT's
+    (("prompt", "completion"), ()),
+    (("instruction", "output"), ("input", "system")),  # Alpaca's (Taori et al. 2023)
+    (("text",), ()),
+)
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; all others are the template's
+
+
+def read_data(
+    path: str | Path, template: ChatTemplate, say: Callable[[str], object] = lambda line: None
+) -> list[Document] | list[Example | Conversation]:
+    """What is to be learnt from `path`: texts, or examples from a .jsonl or .json file.
+
+    Texts: a UTF-8 file, or all files in and below a directory, sorted by path; hidden files are skipped, and of a
+    directory also those that are empty or not text. Examples: a JSON object on each line, or an array of them:
+
+        {"prompt": ..., "completion": ...}                  the prompt as it is, and what follows it
+        {"messages": [{"role": ..., "content": ...}, ...]}  a conversation, as `template` writes it
+        {"conversations": [{"from": "human", "value": ...}, ...]}  the same, as ShareGPT spells it
+        {"instruction": ..., "input": ..., "output": ...}   one question and answer, as Alpaca spells it
+        {"text": ...}                                       a document
+
+    Content may be text or a list of parts of type "text". Roles are for the template to know. `say` is told in a line
+    what was recognised, what was skipped, and which keys are ignored.
+
+    Raises FileNotFoundError if there is no file, and ValueError that names the file and the line (or the number in the
+    array) of what cannot be used: an empty completion, a conversation in which the assistant says nothing or that the
+    template refuses.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        return _read_examples(path, template, say)
+    return _read_texts(path, say)
+
+
+def read_dataset(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    eos_id: int,
+    max_length: int,
+    held_out: float,
+    seed: int,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[Dataset, Dataset]:
+    """(training, held-out) from what `read_data` finds: examples, or texts cut into blocks of `max_length` tokens.
+
+    held_out: the fraction that is held out; 0 holds out nothing. Raises what `read_data`, `split`, `pack` and
+    `tokenize_examples` raise.
+    """
+    return datasets(read_data(path, template, say), tokenizer, eos_id, max_length, held_out, seed)
+
+
+def datasets(
+    found: list[Document] | list[Example | Conversation],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    max_length: int,
+    held_out: float,
+    seed: int,
+) -> tuple[Dataset, Dataset]:
+    """`read_dataset` of what `read_data` has found."""
+    if documents := [item for item in found if isinstance(item, Document)]:
+        return pack_split(documents, tokenizer, max_length, eos_id, held_out, seed)
+    training, rest = split([item for item in found if not isinstance(item, Document)], held_out, seed)
+    return (
+        tokenize_examples(training, tokenizer, max_length, eos_id),
+        tokenize_examples(rest, tokenizer, max_length, eos_id),
+    )
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+
+def _read_texts(path: Path, say: Callable[[str], object]) -> list[Document]:
+    if path.is_file():
+        return [Document(path.name, _read_text(path))]
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not names:
+        raise FileNotFoundError(f"{path}: neither a file nor a directory with files that are not hidden")
+    documents, skipped = [], []
+    for name in names:
+        try:
+            if name.suffix == ".jsonl":
+                raise ValueError(f"{path / name}: not text but examples: give the file itself")
+            documents.append(Document(name.as_posix(), _read_text(path / name)))
+        except ValueError as error:
+            skipped.append(error)
+    if not documents:
+        raise skipped[0]
+    if skipped:
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        say(f"read {len(documents)} of {len(names)} files; skipped {skipped[0]}{more}")
+    return documents
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: byte offset {error.start}: {error.reason}") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: not text: it has bytes of 0")
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+# ---- examples ----------------------------------------------------------------------------------------------
+
+
+def _read_examples(
+    path: Path, template: ChatTemplate, say: Callable[[str], object]
+) -> list[Document] | list[Example | Conversation]:
+    found: list[Any] = []
+    kinds: Counter[tuple[str, ...]] = Counter()
+    ignored: set[str] = set()
+    for where, value in _values(path):
+        try:
+            keys, example = _example(value, where, template, ignored)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        kinds[keys] += 1
+        if not isinstance(example, Document) or example.text.strip():  # an empty row is nobody's mistake
+            found.append(example)
+    if not found:
+        raise ValueError(f"{path}: expected an example on each line, or an array of them, got none")
+    if len({isinstance(example, Document) for example in found}) > 1:
+        raise ValueError(f"{path}: expected either examples or documents (text), got both")
+    said = " and ".join(f"{n:,} with {', '.join(keys)}" for keys, n in kinds.items())
+    say(f"{path.name}: {said}" + (f"; ignored: {', '.join(sorted(ignored))}"[:200] if ignored else ""))
+    return found
+
+
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The JSON values on the lines of a file, or in the array that it is, each with the place that it stands at."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.lstrip().startswith(b"["):
+        try:
+            values = _parse(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        yield from ((f"{path}[{i}]", value) for i, value in enumerate(values))
+        return
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                value = _parse(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            yield f"{path}:{number}", value
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"expected a JSON object on each line, or an array of them, got broken JSON: {error}"
+        ) from None
+
+
+def _example(
+    value: Any, where: str, template: ChatTemplate, ignored: set[str]
+) -> tuple[tuple[str, ...], Document | Example | Conversation]:
+    """The keys that were used, and what is to be learnt; the names of other keys go to `ignored`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    given = {key: x for key, x in value.items() if x is not None}  # tables have a null where a row lacks a column
+    kind = next((kind for kind in KINDS if given.keys() >= set(kind[0])), None)
+    if kind is None:
+        kinds = " or ".join(", ".join(needed) for needed, _ in KINDS)
+        raise ValueError(f"expected the keys {kinds}, got {', '.join(given) or 'none':.100}")
+    needed, optional = kind
+    keys = (*needed, *(key for key in optional if key in given))
+    ignored |= given.keys() - set(keys)
+    x = {key: _text(given[key], key) for key in keys if key not in ("messages", "conversations")}
+    if "completion" in x:
+        if not x["completion"]:
+            raise ValueError("expected a completion, got an empty one")
+        return keys, Example(**x)
+    if "text" in x:
+        return keys, Document(where, x["text"])
+
+    messages: list[Message] = [{"role": "system", "content": x["system"]}] if "system" in x else []
+    if "output" in x:
+        question = "\n\n".join(filter(None, (x["instruction"], x.get("input"))))
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": x["output"]}]
+    elif not isinstance(given[keys[0]], list):
+        raise ValueError(f"{keys[0]}: expected a list, got {type(given[keys[0]]).__name__}")
+    else:
+        messages += [_message(m, f"{keys[0]}[{i}]", template, ignored) for i, m in enumerate(given[keys[0]])]
+    return keys, Conversation(template.examples(messages))
+
+
+def _message(value: Any, where: str, template: ChatTemplate, ignored: set[str]) -> Message:
+    """A message as templates want it: role, content as text, and whatever other key this template reads."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with role and content, got {type(value).__name__}")
+    message = dict(value)
+    for name, other in (("role", "from"), ("content", "value")):
+        if name not in message and other in message:
+            message[name] = message.pop(other)
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: expected a role, got {', '.join(map(str, value)) or 'nothing':.100}")
+    message["role"] = ROLES.get(message["role"], message["role"])
+    unread = {key for key in message.keys() - {"role", "content"} if not template.reads(key)}
+    ignored |= {f"{key} of messages" for key in unread}
+    if message.get("content") is None and message.get("tool_calls") and "tool_calls" not in unread:
+        message["content"] = ""
+    message["content"] = _text(message.get("content"), f"{where}.content")
+    return {key: x for key, x in message.items() if key not in unread}
+
+
+def _text(value: Any, where: str) -> str:
+    """`value`, text or a list of parts that are text, as one text."""
+    for i, part in enumerate(value if isinstance(value, list) else ()):
+        if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"):
+            kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"{where}[{i}]: expected a part of type text, got {kind!s:.40}")
+    if isinstance(value, list):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: expected text, got {type(value).__name__}")
+    try:
+        check_text(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return value
