@@ -11,7 +11,7 @@ import numpy as np
 from ..functional import IGNORE
 from ..model import Model
 from ..text.dataset import Dataset
-from ..text.generation import complete
+from ..text.generation import complete, end_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +27,7 @@ def write_sample(model: Model, tokenizer: Tokenizer, dataset: Dataset) -> dict[s
     first = int(np.argmax(labels != IGNORE))  # the first token that counts is the one after this
     prompt = tokens[: first + 1] if first else tokens[: max(1, min(LENGTH, len(tokens) // 2))]
     prompt = prompt[-max(1, model.config.max_positions - LENGTH) :]
-    eos = model.config.eos_token_id
-    stop = eos if isinstance(eos, tuple) else (eos,)
+    stop = end_tokens(model.config)
     sample = {"prompt": tokenizer.decode(prompt.tolist())}
     for name, active in (("base", None), ("adapter", "default")):
         model.set_adapter(active)
