@@ -144,18 +144,19 @@ class AdamW:
                 raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
 
         self.state["step"] += 1
-        for name, p in self.params.items():
-            adamw_update(
-                p.reshape(-1),
-                grads[name].reshape(-1),
-                self.state["m"][name].reshape(-1),
-                self.state["v"][name].reshape(-1),
-                step=self.state["step"],
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay if name in self.decay else 0.0,
-            )
+        with np.errstate(over="ignore", invalid="ignore"):  # `fault` says so in better words
+            for name, p in self.params.items():
+                adamw_update(
+                    p.reshape(-1),
+                    grads[name].reshape(-1),
+                    self.state["m"][name].reshape(-1),
+                    self.state["v"][name].reshape(-1),
+                    step=self.state["step"],
+                    lr=lr,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if name in self.decay else 0.0,
+                )
 
     def fault(self) -> str | None:
         """The first parameter or moment that is not finite, in words; None if all are.

@@ -185,7 +185,8 @@ def fitted(model: Model, config: TrainingConfig, length: int, console: Console) 
     how += ", each layer computed again in the backward" if plan.recompute else ""
     left = "" if free is None else f"; {size_text(free)} are free"
     if plan.nbytes > room:
-        raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}")
+        share = f"of which {100 * SPARE:.0f} % can be planned for"
+        raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}, {share}")
     held = sum(p.nbytes for p in (*model.params.values(), *model.trainable().values()))
     console.print(
         f"memory: {size_text(held)} for the model, {size_text(plan.nbytes)} more for a step of {how}{left}",

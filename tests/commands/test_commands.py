@@ -313,7 +313,10 @@ BAD = [
     (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
     (FINETUNE + "--rank 1000000000000", "rank: expected a whole number from 1 to 2147483647, got 1000000000000"),
     (FINETUNE + "--rank 2147483647", "Unable to allocate .*: a smaller --max-length, .* or --rank, .* needs less"),
-    (FINETUNE + "--batch-size 2000000000", r"a step of 2000000000 sequences .* needs \S+ [GT]B; .* are free: a smaller"),
+    (
+        FINETUNE + "--batch-size 2000000000",
+        r"a step of 2000000000 sequences .* needs \S+ [GT]B; .* are free: a smaller",
+    ),
     (FINETUNE + "--alpha nan", "alpha: expected a number from 0 to .* got nan"),
     (FINETUNE + "--alpha 0", "alpha: expected a number above 0, got 0"),
     (FINETUNE + "--dropout 1", "dropout: expected a number from 0 to below 1, got 1.0"),

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from safetensors.numpy import load_file
 import refqlora as rq
 from refqlora import adapters
 from refqlora.commands import finetune as module
+from refqlora.commands import main
 from refqlora.commands.finetune import finetune
+from refqlora.commands.sample import show_sample
 from refqlora.files.reading import read_json
+from refqlora.resume import read_identity
 from refqlora.text.chat import load_chat_template
 from refqlora.text.data_files import datasets, read_dataset
+from refqlora.text.examples import Example
 from refqlora.text.tokenizer import load_tokenizer
-from refqlora.training import evaluate
+from refqlora.training import Evaluation, evaluate
 
 ADAPTER = {"rank": 3, "alpha": 6.0}
 TRAINING = {"steps": 4, "batch_size": 3, "lr": 1e-2}
@@ -258,3 +263,170 @@ def test_a_name_is_only_a_name(base, tmp_path):
     _, printed = go(data, out, base)
     assert f"wrote {out}/: " in re.sub(r"\s*\n\s*", "", printed)
     assert (out / "loss.png").stat().st_size > 1000
+
+
+# ---- where it writes ----
+
+
+def test_a_finished_run_is_not_written_over(run, pairs, base):
+    out = run[0]
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=f"{out}/checkpoint.safetensors: an adapter has been trained here: .*--resume"):
+        go(pairs, out, base)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_of_others_is_not_written_over(name, pairs, base, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"{name}: an adapter has been trained here"):
+        go(pairs, tmp_path, base)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_nothing_to_resume(pairs, base, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"out/checkpoint\.safetensors: no such file: there is no run to resume"
+    ):
+        go(pairs, tmp_path / "out", base, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is held out ----
+
+
+def test_all_is_trained_on_where_nothing_is_held_out(base, tmp_path):
+    """Also a single example."""
+    data = write_pairs(tmp_path / "one.jsonl", tiny.EXAMPLES[:1])
+    facts, printed = go(data, tmp_path / "out", base, held_out=0.0, training={**TRAINING, "eval_every": 1})
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert facts["held_out_loss"] is facts["held_out_bits_per_byte"] is None
+    assert facts["training_loss"] == {"first": rows[0]["loss"], "last": rows[-1]["loss"]}
+    assert all("held_out_loss" not in row for row in rows)
+    assert "1 sequences" in printed
+    assert f"training loss {rows[0]['loss']:.4f} in the first step, {rows[-1]['loss']:.4f} in the last" in printed
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+
+
+def test_a_worse_adapter_is_told(pairs, base, tmp_path, monkeypatch):
+    found = iter([Evaluation(2.0, 9, 3.0), Evaluation(2.5, 9, 3.5)])
+    monkeypatch.setattr(module, "evaluate", lambda *args: next(found))
+    with pytest.warns(
+        UserWarning, match=r"the held-out loss rose from 2\.0000 to 2\.5000: this adapter is worse than none"
+    ):
+        go(pairs, tmp_path / "out", base)
+
+
+# ---- memory ----
+
+
+@pytest.fixture
+def room(monkeypatch):
+    def set_room(nbytes):
+        monkeypatch.setattr(module, "available_bytes", lambda: nbytes)
+
+    return set_room
+
+
+def micro_batch(out):
+    return read_identity(out / "checkpoint.safetensors")["micro_batch_size"]
+
+
+def test_a_step_is_made_to_fit(pairs, base, tmp_path, room):
+    sizes = {}
+    for name, free in (("all", 10**9), ("some", 700_000), ("none", None)):
+        room(free)
+        _, printed = go(pairs, tmp_path / name, base)
+        sizes[name] = micro_batch(tmp_path / name)
+        assert re.search(
+            r"memory: \S+ kB for the model, \S+ [kM]B more for a step of 3 sequences of up to \d+ tokens", printed
+        )
+        assert ("are free" in printed) == (free is not None)
+    assert sizes == {"all": None, "some": 1, "none": None}
+
+
+def test_layers_are_recomputed_where_nothing_else_fits(pairs, base, tmp_path, room):
+    room(500_000)
+    _, printed = go(pairs, tmp_path / "a", base, training={**TRAINING, "micro_batch_size": 1})
+    assert ", 1 at a time, each layer computed again in the backward; 500 kB are free" in printed
+    room(10**9)
+    go(pairs, tmp_path / "b", base, training={**TRAINING, "micro_batch_size": 1})
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_resumed_run_keeps_its_micro_batches(pairs, base, tmp_path, room):
+    """Whatever is free by then: the last bits depend on them."""
+    room(700_000)
+    go(pairs, tmp_path / "whole", base)
+    with tiny.interrupted(module, 3, checkpoint_every=2), pytest.raises(KeyboardInterrupt):
+        go(pairs, tmp_path / "cut", base)
+    room(10**9)
+    go(pairs, tmp_path / "cut", base, resume=True)
+    assert micro_batch(tmp_path / "cut") == 1
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_what_cannot_fit_is_said_before_anything_is_done(pairs, base, tmp_path, room):
+    room(100_000)
+    with pytest.raises(
+        MemoryError, match=r"a step of 3 sequences .* 1 at a time, .* needs \d+ kB; 100 kB are free, of which 80 % can"
+    ):
+        go(pairs, tmp_path / "out", base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_has_512_tokens_at_most(tmp_path):
+    """Unless --max-length asks for more: a model's context may be far more than memory holds."""
+    base = tiny.save(tmp_path / "base", max_positions=700)
+    (tmp_path / "text.txt").write_text(tiny.TEXT * 8, encoding="utf-8")
+    for asked, length in ((None, 512), (600, 600)):
+        training = {"steps": 1, "batch_size": 1}
+        _, printed = go(tmp_path / "text.txt", tmp_path / str(length), base, max_length=asked, training=training)
+        assert f"a step of 1 sequences of up to {length} tokens" in printed
+
+
+# ---- the sample ----
+
+
+@pytest.mark.parametrize("kind", ["pairs", "chat", "text"])
+def test_a_sample_and_the_command_that_writes_more(kind, base, tmp_path, capsys):
+    """The command that is printed writes what the sample shows: without the adapter, and with it."""
+    data = tmp_path / ("data.txt" if kind == "text" else "data.jsonl")
+    if kind == "pairs":
+        write_pairs(data, tiny.EXAMPLES)
+    elif kind == "text":
+        data.write_text(tiny.TEXT, encoding="utf-8")
+    else:
+        messages = [
+            [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": f"{n}."}] for n in range(9)
+        ]
+        data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    out = tmp_path / "it's"
+    facts, printed = go(data, out, base, max_length=32)
+    sample, words = facts["sample"], shlex.split(facts["generate"])
+    assert sample.keys() == {"prompt", "base", "adapter"}
+    assert sample["base"] != sample["adapter"]
+    assert printed.endswith(f"\n{facts['generate']}\n")
+    assert words[:4] == ["refqlora", "generate", "--adapter", str(out)]
+    if kind == "chat":
+        assert words[4:] == ["--model", str(base), "--chat"]
+        assert sample["prompt"].startswith("user: How many?")
+        return
+    assert words[4:] == ["--model", str(base), "--prompt", sample["prompt"].replace("\n", "\\n")]
+    assert main([*words[1:], "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out == sample["prompt"] + sample["adapter"] + "\n"
+
+
+def test_a_long_prompt_leaves_room_for_the_sample(base, tmp_path):
+    data = write_pairs(tmp_path / "long.jsonl", [Example("sack " * 200, "!\n")] * 4)
+    facts, _ = go(data, tmp_path / "out", base)
+    tokens = tiny.tokenizer().encode("sack " * 200).ids
+    assert facts["sample"]["prompt"] == tiny.tokenizer().decode(tokens[-24:])  # of the model's 64, 40 are to be written
+
+
+def test_control_characters_are_not_printed():
+    printed = io.StringIO()
+    show_sample({"prompt": "a\x1b[31m\nb\r"}, "refqlora generate", Console(file=printed, width=200))
+    assert "  prompt   a�[31m⏎ b\n" in printed.getvalue()

@@ -164,6 +164,63 @@ def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
         run(new_model(), 2)
 
 
+def test_what_overflows_in_the_optimiser_is_named(tmp_path):
+    """A gradient whose square overflows v: no later gradient shows it, as its parameter never moves again."""
+    model = new_model()
+    name = "model.layers.1.mlp.down_proj.lora_B.weight"
+    backward = rq.Model.backward
+
+    def large(self, dlogits, cache):
+        return {key: g + np.float32(1e30) * (key == name) for key, g in backward(self, dlogits, cache).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rq.Model, "backward", large)
+        with pytest.raises(FloatingPointError, match=rf"step 2, .*: AdamW's v\.{name}: 160 of 160 values"):
+            run(model, 9, out=tmp_path, checkpoint_every=2, max_grad_norm=0)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_the_last_update_is_looked_at_too():
+    """Where no gradient follows that would show it, and nothing is saved."""
+    model = new_model()
+    name = "model.layers.0.mlp.down_proj.lora_B.weight"
+
+    def break_it(self, grads, lr):
+        self.params[name][0, 0] = np.inf
+        self.state["step"] += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rq.AdamW, "step", break_it)
+        with pytest.raises(
+            FloatingPointError, match=f"step 1, .*: parameter {name}: 1 of 160 values are NaN or infinite"
+        ):
+            run(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([2.0] * 10 + [3.5] * 10, "from 2.00 to 3.50"),
+        ([2.0, 2.0, *[9.0] * 16, 2.1, 2.2], None),
+        ([2.0] * 10 + [2.9] * 10, None),
+        ([2.0, 3.2], "from 2.00 to 3.20"),
+        ([2.0], None),
+    ],
+)
+def test_a_run_that_diverges_is_told(losses, told, monkeypatch, recwarn):
+    """Where the loss ends a nat above that of the first steps, by the mean of a tenth of them."""
+    step, upcoming = training.loss_and_gradients, iter(losses)
+    monkeypatch.setattr(
+        training, "loss_and_gradients", lambda *args, **options: (next(upcoming), step(*args, **options)[1])
+    )
+    run(new_model(), len(losses), lr=1e-3)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (told is not None)
+    if told:
+        assert f"the training loss rose {told}: the run has diverged" in messages[0]
+        assert "a lower learning rate than 0.001" in messages[0]
+
+
 def test_rows_tell_what_was_done():
     dataset = tiny.examples()
     seen = []
