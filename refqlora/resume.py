@@ -118,7 +118,7 @@ def check_start(out: Path, resume: bool) -> None:
     elif path.is_file():
         step, steps = _step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
-            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
+            raise ValueError(f"{path}: holds a run stopped at step {step} of {str(steps):.20}: resume it, or remove the file")
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:

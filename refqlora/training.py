@@ -57,6 +57,9 @@ class TrainingConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
+        for option, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, option, value.item())  # rows and checkpoints are JSON
         for option, least in _LEAST.items():
             value = getattr(self, option)
             if option == "micro_batch_size" and value is None:
@@ -68,6 +71,7 @@ class TrainingConfig:
         if not isinstance(self.recompute, bool):
             raise ValueError(f"recompute: expected True or False, got {self.recompute!r:.80}")
         check_options(self.lr, self.betas, 1e-8, self.weight_decay)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         self.learning_rate(0)  # raises for what makes no schedule
 
     def learning_rate(self, step: int) -> float:
