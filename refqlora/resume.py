@@ -118,7 +118,8 @@ def check_start(out: Path, resume: bool) -> None:
     elif path.is_file():
         step, steps = _step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
-            raise ValueError(f"{path}: holds a run stopped at step {step} of {str(steps):.20}: resume it, or remove the file")
+            where = f"step {step} of {steps!s:.20}"
+            raise ValueError(f"{path}: holds a run stopped at {where}: resume it, or remove the file")
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
@@ -181,7 +182,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 def _step(path: Path) -> int:
     """The step in a checkpoint's metadata, which can be read without its tensors."""
     text = read_metadata(path).get("step", "")
-    if not text.isdecimal() or len(text) > 20:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 20:
         raise ValueError(f"{path}: step in the metadata: expected a number, got {text!r:.80}")
     return int(text)
 

@@ -189,32 +189,39 @@ def train(
         for row in run.rows[-1:]:
             measure(row)  # an interrupt may have come between the update and this
         for step in range(len(run.rows), config.steps):
-            begin, lr = time.perf_counter(), config.learning_rate(step)
             try:
-                tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
-                loss, grads = loss_and_gradients(
-                    model,
-                    tokens,
-                    labels,
-                    micro_batch_size=config.micro_batch_size,
-                    rng=np.random.default_rng([config.seed, step]),
-                    recompute=config.recompute,
-                )
-                norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
-                with uninterrupted():
-                    optimizer.step(grads, lr)
-                    row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
-                    row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
-                    run.rows.append(row)
+                row = _update(model, dataset, config, run, step)
                 measure(row)
                 run.record(row, save=(step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)
             except FloatingPointError as error:
-                fault = optimizer.fault() or error  # what came first
-                raise FloatingPointError(f"step {step + 1}, learning rate {lr:.2g}: {fault}") from None
+                where = f"step {step + 1}, learning rate {config.learning_rate(step):.2g}"
+                raise FloatingPointError(f"{where}: {optimizer.fault() or error}") from None
             if on_step is not None:
                 on_step(row)
     _warn_if_diverged(run.rows)
     return run.rows
+
+
+def _update(model: Model, dataset: Dataset, config: TrainingConfig, run: Run, step: int) -> Row:
+    """Make update `step`, counted from 0: batch, gradients, clipping, AdamW; -> its row, which `run.rows` has too."""
+    begin = time.perf_counter()
+    tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
+    loss, grads = loss_and_gradients(
+        model,
+        tokens,
+        labels,
+        micro_batch_size=config.micro_batch_size,
+        rng=np.random.default_rng([config.seed, step]),  # of the dropout
+        recompute=config.recompute,
+    )
+    norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
+    lr = config.learning_rate(step)
+    with uninterrupted():
+        run.optimizer.step(grads, lr)
+        row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+        row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
+        run.rows.append(row)
+    return row
 
 
 def _warn_if_diverged(rows: list[Row]) -> None:

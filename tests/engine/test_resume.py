@@ -1,5 +1,6 @@
 """A run that is killed and resumed, at any moment, ends with the same bits; what is resumed, and what is refused."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -584,6 +585,56 @@ def test_a_damaged_checkpoint_is_refused(damage, half):
         short_run(half, model=model)
     assert contents(half) == before
     assert bits(model.trainable()) == weights
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"lr": 1', "[" * 100_000, "9" * 5000])
+def test_metadata_that_are_no_object_are_named(text, half):
+    edit(lambda tensors, metadata: metadata.update(identity=text))(half / CHECKPOINT)
+    for resumed in (True, False):
+        with pytest.raises(
+            ValueError, match=f"{CHECKPOINT}: identity in the metadata: expected a JSON object, got '"
+        ) as e:
+            short_run(half, resume=resumed)
+        assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("step", ["", "x", "-1", "1.5", "٣", "1" * 5000])
+def test_a_step_that_is_no_number_is_named(step, half):
+    edit(lambda tensors, metadata: metadata.update(step=step))(half / CHECKPOINT)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT}: step in the metadata: expected a number, got '"):
+        short_run(half, resume=False)
+
+
+@pytest.mark.parametrize("kind", ["param", "adamw.m", "adamw.v"])
+def test_a_checkpoint_that_is_not_finite_is_refused(kind, half):
+    name = f"{kind}.model.layers.1.mlp.down_proj.lora_B.weight"
+    edit(lambda tensors, metadata: tensors[name].__setitem__((0, 0), np.nan))(half / CHECKPOINT)
+    model = new_model()
+    weights = bits(model.trainable())
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: .*{name.removeprefix('adamw.')}: 1 of 160 values are NaN"):
+        short_run(half, model=model)
+    assert bits(model.trainable()) == weights
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", "null", "", '{"step": 2}', '{"step": 2', "\udcff", "[" * 100_000])
+def test_a_row_that_is_none_is_named(line, half):
+    lines = (half / METRICS).read_text().splitlines()
+    (half / METRICS).write_bytes("\n".join([lines[0], line, ""]).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{METRICS}:2: expected the row of step 2: {CHECKPOINT} is at step 2"):
+        short_run(half)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, METRICS])
+def test_a_full_disk_names_the_file(name, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if name == CHECKPOINT:
+        monkeypatch.setattr(writing, "raw", full)
+    else:
+        monkeypatch.setattr(resume, "open", lambda *args, **options: full(), raising=False)
+    with pytest.raises(OSError, match=f"^{tmp_path / name}: No space left on device$"):
+        short_run(tmp_path)
 
 
 def test_rows_that_are_lost_are_missed(half):

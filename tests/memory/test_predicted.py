@@ -12,6 +12,7 @@ from refqlora.architectures import ARCHITECTURES
 from refqlora.lora_config import LoraConfig
 from refqlora.memory.planned import Plan, plan, plan_step, size_text
 from refqlora.memory.predicted import step_bytes
+from refqlora.text.dataset import Dataset
 from refqlora.training import loss_and_gradients
 
 SIZES = {"vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "layers": 3, "heads": 6, "kv_heads": 3}
@@ -92,6 +93,30 @@ def test_the_peak_of_a_step_is_predicted(case):
         itemsize=model.dtype.itemsize,
     )
     assert predicted == pytest.approx(found, rel=0.2)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 8}, None], ids=["adapter", "full"])
+@pytest.mark.parametrize("micro", [None, 1])
+def test_training_takes_no_more_than_its_steps(lora, micro):
+    """What one step leaves does not lie beside the next."""
+    config = rq.Config(**SIZES)
+    model = rq.Model.from_config(config)
+    if lora is not None:
+        model.quantize()
+        model.add_adapter(**lora)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 128))
+    dataset = Dataset(list(tokens), list(tokens), np.ones(config.vocab_size, np.int64))
+    settings = rq.TrainingConfig(steps=3, batch_size=4, micro_batch_size=micro)
+    rq.train(model, dataset, settings)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        rq.train(model, dataset, settings)
+        found = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert plan_step(model, 128, 4, 1e12, micro).nbytes == pytest.approx(found, rel=0.2)
 
 
 # ---- plans ----
