@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-
-import numpy as np
+from numbers import Real
 
 from .adapters import A, Adapter, B
 from .backend import Array, array_module
+from .checks import shown
+from .lora import LoRA
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 
@@ -69,47 +70,43 @@ def combine_adapters(
     the rank, so that the scale is 1; where fewer rows are needed the rest are zeros; the first adapter's dropout is
     taken. PiSSA and OLoRA count as the LoRA that they are equal to (`as_lora`).
 
-    Raises ValueError for an unknown method, a DoRA (no sum of changes is a DoRA), ranks that are not equal where they
-    must be, and an adapter that sits on a quantised residual.
+    Raises ValueError for an unknown method, a factor that is not finite, a DoRA (no sum of changes is a DoRA), ranks
+    that are not equal where they must be, and an adapter that sits on a quantised residual.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if rank is not None and method != "svd":
-        raise ValueError(f'rank goes with method "svd"; "{method}" has its own')
-    if not factors or not np.isfinite(list(factors.values())).all():
-        raise ValueError(f"adapters are added with a finite factor each, not {dict(factors)}")
-    for name in factors:
-        if adapters[name].config.dora:
-            raise ValueError(
-                f"adapter {name!r} is a DoRA: it rescales the weight's rows, and such changes do not add up"
-            )
-        if any(isinstance(w, QuantizedTensor) for w in adapters[name].residual.values()):
-            raise ValueError(f"adapter {name!r} sits on a quantised residual of its own: add it on a dense model")
+    _check(adapters, factors, method, rank)
     parts = [(as_lora(adapters[name]), factor) for name, factor in factors.items()]
-    ranks = [max([part.config.rank_of(linear) for linear in part.linears]) for part, _ in parts]
+    ranks = [max(part.config.rank_of(linear) for linear in part.linears) for part, _ in parts]
     if method == "linear" and len({part.config.rank_of(one) for part, _ in parts for one in part.linears}) > 1:
-        raise ValueError('method "linear" adds A to A and B to B: the ranks must be equal')
+        raise ValueError('method: expected equal ranks for "linear", which adds A to A and B to B')
     rank = {"cat": sum(ranks), "svd": max(ranks) if rank is None else rank, "linear": ranks[0]}[method]
     linears = list(dict.fromkeys(linear for part, _ in parts for linear in part.linears))
     config = LoraConfig(rank, rank, parts[0][0].config.dropout, tuple(linears))
-    params = {}
+    params: dict[str, Array] = {}
     for linear in linears:
-        loras = [(part.lora(linear), factor) for part, factor in parts if linear + A in part.params]
-        xp = array_module(loras[0][0].A)
-        if method == "linear":
-            roots = [abs(factor * lora.scale) ** 0.5 for lora, factor in loras]
-            signs = [-1 if factor < 0 else 1 for _, factor in loras]  # on one side only
-            a = sum(root * sign * lora.A for root, sign, (lora, _) in zip(roots, signs, loras, strict=True))
-            b = sum(root * lora.B for root, (lora, _) in zip(roots, loras, strict=True))
-        else:
-            a = xp.concatenate([factor * lora.scale * lora.A for lora, factor in loras])  # (sum of r, in)
-            b = xp.concatenate([lora.B for lora, _ in loras], axis=1)  # (out, sum of r)
+        loras = [(lora, factor) for part, factor in parts if (lora := part.lora(linear)) is not None]
+        a, b = _added(loras) if method == "linear" else _joined(loras)
         if method == "svd":
             a, b = _truncated(a, b, rank)
-        spare = rank - len(a)
+        xp, spare = array_module(a), rank - a.shape[0]
         params[linear + A] = xp.pad(a, ((0, spare), (0, 0)))
         params[linear + B] = xp.pad(b, ((0, 0), (0, spare)))
     return Adapter(config, params)
+
+
+def _joined(loras: list[tuple[LoRA, float]]) -> tuple[Array, Array]:
+    """A (R, in) and B (out, R), R the sum of the ranks, with B A the sum of f s B_i A_i."""
+    xp = array_module(loras[0][0].A)
+    a = xp.concatenate([factor * lora.scale * lora.A for lora, factor in loras])
+    return a, xp.concatenate([lora.B for lora, _ in loras], axis=1)
+
+
+def _added(loras: list[tuple[LoRA, float]]) -> tuple[Array, Array]:
+    """A (r, in) and B (out, r): the sums of sqrt(f s) A_i and of sqrt(f s) B_i, where a negative f changes A's sign."""
+    a, b = 0, 0
+    for lora, factor in loras:
+        root = abs(factor * lora.scale) ** 0.5
+        a, b = a + (-root if factor < 0 else root) * lora.A, b + root * lora.B
+    return a, b
 
 
 def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
@@ -119,3 +116,18 @@ def _truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     qa, ra = xp.linalg.qr(a.T)  # (in, l), (l, R)
     u, s, vt = xp.linalg.svd(rb @ ra.T, full_matrices=False)
     return vt[:rank] @ qa.T, qb @ u[:, :rank] * s[:rank]
+
+
+def _check(adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str, rank: int | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {shown(method)}")
+    if rank is not None and method != "svd":
+        raise ValueError(f'rank: expected with method "svd" only; "{method}" has its own')
+    numbers = all(isinstance(factor, Real) and abs(factor) < float("inf") for factor in factors.values())
+    if not factors or not numbers:
+        raise ValueError(f"factors: expected adapters with a finite number each, got {shown(dict(factors))}")
+    for name in factors:
+        if adapters[name].config.dora:
+            raise ValueError(f"adapter {name!r} is a DoRA: it rescales rows, and such changes do not add up")
+        if any(isinstance(w, QuantizedTensor) for w in adapters[name].residual.values()):
+            raise ValueError(f"adapter {name!r} sits on a quantised residual of its own: combine it on a dense model")

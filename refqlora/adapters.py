@@ -13,7 +13,6 @@ first one's residual apart. Here W stays as it is, and such an adapter carries t
 
 from __future__ import annotations
 
-import html
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from .config import check_shapes
 from .lora import LoRA, Weight, dense, row_norms
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor, quantize
+from .reprs import facts_html
 
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after a linear's name
 
@@ -84,9 +84,7 @@ class Adapter:
         )
 
     def _repr_html_(self) -> str:
-        shown = ((name, f"{x:,}" if isinstance(x, int) else html.escape(x)) for name, x in self.facts().items())
-        rows = "".join(f"<tr><th>{name}</th><td>{x}</td></tr>" for name, x in shown)
-        return f"<table><caption>Adapter</caption>{rows}</table>"
+        return facts_html("Adapter", self.facts())
 
 
 def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:
@@ -118,7 +116,9 @@ def _started(
     config: LoraConfig, linears: list[str], weights: Mapping[str, Weight], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
     rng = np.random.default_rng(seed)
-    params, start, residuals = {}, {}, {}
+    params: dict[str, Array] = {}
+    start: dict[str, Array] = {}
+    residuals: dict[str, Weight] = {}
     for linear in linears:
         weight, rank, scale = weights[linear + ".weight"], config.rank_of(linear), config.scale_of(linear)
         if not dtype.type(scale):
@@ -148,8 +148,8 @@ def adapter_from_file(
     """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
 
     The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where`; warns, as nothing is lost, where a part of the config matches no linear, alpha is 0, or two keys of
-    alpha_pattern compete.
+    `where` for an array that is missing, unexpected, misshapen or not finite. Warns, as nothing is lost, where a part
+    of the config matches no linear, alpha is 0, or two keys of alpha_pattern compete.
     """
     linears, shapes = list(linears), dict[str, tuple[int, ...]]()
     with _naming(where):
@@ -173,7 +173,12 @@ def adapter_from_file(
     for sentence in said:
         warnings.warn(f"{where}: {sentence}", stacklevel=3)
     xp = array_module(next(iter(made.params.values()), np))
-    return replace(made, params={name: xp.asarray(params[name].astype(dtype)) for name in shapes})
+    with np.errstate(over="ignore"):  # what is not finite is refused below
+        arrays = {name: xp.asarray(params[name].astype(dtype)) for name in shapes}
+    for name, x in arrays.items():
+        if not xp.isfinite(x).all():
+            raise ValueError(f"{where}: {name}: expected finite numbers, got {x[~xp.isfinite(x)][0]}")
+    return replace(made, params=arrays)
 
 
 @contextmanager

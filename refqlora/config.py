@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .architectures import ARCHITECTURES, Architecture
-from .rope import check_scaling
+import numpy as np
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "max_positions")
-_POSITIVE = ("eps", "rope_theta", "partial_rotary_factor")
-_POSITIVE_OR_NONE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-_FLAGS = ("tied", "attention_bias", "mlp_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+from .architectures import ARCHITECTURES, Architecture
+from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, shown, whole
+from .rope import check_scaling, rope_frequencies
+
+# What each number must be, where it is not None; files/config_json.py holds config.json against the same rules.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "heads", "kv_heads", "max_positions"), SIZE),
+    "layers": whole(1, 9999),
+    "head_dim": whole(1, 65536),
+    "model_type": TEXT,
+    **dict.fromkeys(("eps", "rope_theta", "partial_rotary_factor"), POSITIVE),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), POSITIVE),
+    **dict.fromkeys(("tied", "attention_bias", "mlp_bias"), SWITCH),
+    **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), SWITCH),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), whole(-(2**31))),  # some files have -1 for none
+    "eos_token_id": TOKENS,
+}
 
 
 @dataclass(frozen=True)
@@ -53,27 +65,17 @@ class Config:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for field in _SIZES:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be a whole number of 1 or more, not {value!r}")
-        for field in (*_POSITIVE, *_POSITIVE_OR_NONE):
-            value = getattr(self, field)
-            if not (value is None and field in _POSITIVE_OR_NONE) and (
-                not isinstance(value, int | float) or not 0 < value < float("inf")
-            ):
-                raise ValueError(f"{field} must be a positive number, not {value!r}")
-        for field in _FLAGS:
-            value = getattr(self, field)
-            if not isinstance(value, bool):
-                raise ValueError(f"{field} must be true or false, not {value!r}")
+        optional = {field.name for field in fields(self) if field.default is None}
+        for name, rule in RULES.items():
+            if not (getattr(self, name) is None and name in optional):
+                check(name, getattr(self, name), rule)
         if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, not {self.model_type!r}")
+            raise ValueError(f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {shown(self.model_type)}")
         for field, value in self.architecture.fixed.items():
             if getattr(self, field) != value:
-                raise ValueError(f"{field} of a {self.model_type} must be {value}")
+                raise ValueError(f"{field}: expected {value} of a {self.model_type}, got {getattr(self, field)}")
         if self.activation not in (("silu", "gelu_tanh") if self.architecture.gated else ("gelu_tanh",)):
-            raise ValueError(f"activation {self.activation!r} does not go with a {self.model_type}")
+            raise ValueError(f"activation: {shown(self.activation)} does not go with a {self.model_type}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.architecture.positions is None:
@@ -82,20 +84,29 @@ class Config:
             raise ValueError(f"a {self.model_type}'s heads share hidden_size evenly, and each has its own keys")
         if self.windows is not None:
             known = {w for w in self.windows if w is not None}
-            if (
-                len(self.windows) != self.layers
-                or len(known) > 1
-                or not all(isinstance(w, int) and w > 0 for w in known)
-            ):
-                raise ValueError(f"windows must be None or one size for each of {self.layers} layers: {self.windows}")
+            if len(self.windows) != self.layers or len(known) > 1 or not all(SIZE.fits(w) for w in known):
+                raise ValueError(
+                    f"windows: expected None or one size for each of {self.layers} layers, got {shown(self.windows)}"
+                )
 
     def _check_rope(self) -> None:
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+            raise ValueError(f"head_dim: expected an even number for RoPE, got {self.head_dim}")
         if self.partial_rotary_factor > 1 or self.rotary_dim < 1:
-            raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} is not a part of head_dim")
+            raise ValueError(f"partial_rotary_factor: {self.partial_rotary_factor} is not a part of head_dim")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, pairs=(self.rotary_dim + 1) // 2)
+        try:
+            with np.errstate(all="ignore"):
+                for length in (1, 2**31 - 1):  # a short text and a long one may have frequencies of their own
+                    frequencies, factor = rope_frequencies(
+                        self.rope_theta, self.rotary_dim, np.float32, self.rope_scaling, length, self.max_positions
+                    )
+                    if not np.isfinite(np.append(frequencies * np.float32(self.max_positions), factor)).all():
+                        raise ArithmeticError
+        except ArithmeticError:
+            given = shown({"rope_theta": self.rope_theta, **(self.rope_scaling or {})}, 200)
+            raise ValueError(f"rope_scaling: expected finite frequencies, but they are not with {given}") from None
 
     # ---- what follows from it ----
 
@@ -116,6 +127,12 @@ class Config:
         if scaling.get("rope_type") == "dynamic":
             return max(length, self.max_positions)
         return int(scaling.get("rope_type") == "longrope" and length > scaling["original_max_position_embeddings"])
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text: none, one or several."""
+        eos = self.eos_token_id
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, itself included; None: all before it."""

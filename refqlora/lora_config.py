@@ -5,15 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
+from .checks import SWITCH, Rule, check, number, shown, whole
 from .patterns import check_pattern, full_match, name_match
 
 INITS = ("default", "gaussian", "pissa", "olora")  # and "pissa_niter_N"
-MAX_RANK, MAX_ALPHA, MAX_KEYS = 2**31 - 1, 1e9, 10_000  # far beyond any use: what is beyond them is a mistake
+MAX_KEYS = 10_000  # far beyond any use
 _INIT = re.compile(rf"{'|'.join(INITS)}|pissa_niter_[0-9]{{1,3}}")
 _NOT_LINEAR = ("lm_head", "embed_tokens")  # may be excluded, and are anyway
+
+_RULES = {
+    "rank": whole(1),
+    "alpha": number(0, 1e9),
+    "dropout": Rule("a number from 0 to below 1", lambda value: number(0, 1).fits(value) and value < 1),
+    "rslora": SWITCH,
+    "dora": SWITCH,
+    "init": Rule(
+        f"{', '.join(INITS)} or pissa_niter_0 to 999",
+        lambda value: isinstance(value, str) and bool(_INIT.fullmatch(value)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -51,21 +63,14 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, "rank")
-        _check_alpha(self.alpha, "alpha")
-        if not isinstance(self.dropout, Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a number from 0 to below 1, got {shown(self.dropout)}")
-        for name in ("rslora", "dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
-        if not isinstance(self.init, str) or not _INIT.fullmatch(self.init):
-            raise ValueError(f"init: expected {', '.join(INITS)} or pissa_niter_N, N below 1000, got {shown(self.init)}")
+        for name, rule in _RULES.items():
+            check(name, getattr(self, name), rule)
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
             object.__setattr__(self, "targets", "all-linear")
         for name in ("targets", "exclude"):
             self._check_names(name)
         self._check_layers()
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
                 raise ValueError(f"{name}: expected regular expressions with a value each, got {shown(pattern)}")
@@ -73,36 +78,7 @@ class LoraConfig:
                 raise ValueError(f"{name}: expected at most {MAX_KEYS} keys, got {len(pattern)}")
             for key, value in pattern.items():
                 _check_pattern(key, name)
-                check(value, f"{name} of {shown(key)}")
-
-    def _check_names(self, name: str) -> None:
-        """A regular expression, or names."""
-        value = getattr(self, name)
-        if isinstance(value, str):
-            _check_pattern(value, name)
-        elif not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
-            raise ValueError(f"{name}: expected names, or one regular expression, got {shown(value)}")
-        elif len(value) > MAX_KEYS:
-            raise ValueError(f"{name}: expected at most {MAX_KEYS} names, got {len(value)}")
-        else:
-            object.__setattr__(self, name, tuple(value))
-
-    def _check_layers(self) -> None:
-        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        if not isinstance(names, tuple | list) or not all(
-            isinstance(name, str) and re.fullmatch(r"[\w.]*", name) for name in names
-        ):
-            raise ValueError(f'layers_pattern: expected a name such as "layers", got {shown(self.layers_pattern)}')
-        if self.layers is None:
-            if self.layers_pattern:
-                raise ValueError("layers_pattern: expected with layers only")
-            return
-        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
-        if not isinstance(layers, tuple | list) or not all(_is_whole(i) and i >= 0 for i in layers) or not layers:
-            raise ValueError(f"layers: expected numbers of layers, got {shown(self.layers)}")
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            raise ValueError("layers: expected none with a regular expression as targets: let it name the layers")
-        object.__setattr__(self, "layers", tuple(int(i) for i in layers))
+                check(f"{name} of {shown(key)}", value, _RULES[name.removesuffix("_pattern")])
 
     @property
     def scale(self) -> float:
@@ -158,19 +134,20 @@ class LoraConfig:
         ):
             if isinstance(wanted, str):
                 if wanted not in ("", "all-linear") and not any(full_match(wanted, name) for name in names):
-                    said.append(f"{option}: {shown(wanted)}, a regular expression for the whole name, matches no linear")
+                    said.append(f"{option}: expected a pattern for names that end in {kinds}, got {shown(wanted)}")
             else:
                 idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
-                said += [f"{option}: {shown(one)} matches no linear; there are: {kinds}" for one in idle]
+                said += [f"{option}: expected one of {kinds}, got {shown(one)}" for one in idle]
         if not self.targets:
-            said.append("targets: expected a linear, got none")
-        layers = {self._layer(name) for name in linears} - {None}
-        said += [f"layers: there is no layer {shown(i)} in {sorted(layers)}" for i in self.layers or () if i not in layers]
+            said.append(f"targets: expected one of {kinds}, got none")
+        layers = {layer for name in linears if (layer := self._layer(name)) is not None}
+        missing = [i for i in self.layers or () if i not in layers]
+        said += [f"layers: expected numbers among {sorted(layers)}, got {shown(i)}" for i in missing]
         found = self._found(linears)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
                 if not any(name_match(key, name) for name in found):
-                    said.append(f"{option}: {shown(key)} matches no linear that has an adapter")
+                    said.append(f"{option}: expected names of linears that have an adapter, got {shown(key)}")
         return said
 
     def _found(self, linears: list[str]) -> list[str]:
@@ -191,31 +168,40 @@ class LoraConfig:
         """The value of the first key that fits, as in PEFT."""
         return next((value for key, value in pattern.items() if name_match(key, linear)), default)
 
+    def _check_names(self, name: str) -> None:
+        """A regular expression, or names."""
+        value = getattr(self, name)
+        if isinstance(value, str):
+            _check_pattern(value, name)
+        elif not isinstance(value, tuple | list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{name}: expected names, or one regular expression, got {shown(value)}")
+        elif len(value) > MAX_KEYS:
+            raise ValueError(f"{name}: expected at most {MAX_KEYS} names, got {len(value)}")
+        else:
+            object.__setattr__(self, name, tuple(value))
 
-def shown(value: Any) -> str:
-    """The value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    def _check_layers(self) -> None:
+        names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        if not isinstance(names, tuple | list) or not all(
+            isinstance(name, str) and re.fullmatch(r"[\w.]*", name) for name in names
+        ):
+            raise ValueError(f'layers_pattern: expected a name such as "layers", got {shown(self.layers_pattern)}')
+        if self.layers is None:
+            if self.layers_pattern:
+                raise ValueError("layers_pattern: expected with layers only")
+            return
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+        if not isinstance(layers, tuple | list) or not all(whole(0).fits(i) for i in layers) or not layers:
+            raise ValueError(f"layers: expected numbers of layers, got {shown(self.layers)}")
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ValueError("layers: expected none with a regular expression as targets: let it name the layers")
+        object.__setattr__(self, "layers", tuple(int(i) for i in layers))
 
 
 def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
     if isinstance(wanted, str):
         return bool(wanted) and full_match(wanted, name)
     return any(name == one or name.endswith("." + one) for one in wanted)
-
-
-def _is_whole(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
-
-
-def _check_rank(value: Any, name: str) -> None:
-    if not _is_whole(value) or not 1 <= value <= MAX_RANK:
-        raise ValueError(f"{name}: expected a whole number from 1 to {MAX_RANK}, got {shown(value)}")
-
-
-def _check_alpha(value: Any, name: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= MAX_ALPHA:
-        raise ValueError(f"{name}: expected a number from 0 to {MAX_ALPHA:g}, got {shown(value)}")
 
 
 def _check_pattern(text: str, name: str) -> None:

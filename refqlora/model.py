@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from .lora import Weight
 from .lora_config import LoraConfig
 from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
+from .reprs import facts_html
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,24 +50,37 @@ class Model:
         self.active: str | None = None
         self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
 
-    def __repr__(self) -> str:
+    def facts(self) -> dict[str, Any]:
+        """What a person wants to know of it: its shape and size, what is quantised, and its adapters."""
         config, linears = self.config, [self.params[name + ".weight"] for name in self.config.linears()]
-        quantized = [w for w in linears if isinstance(w, QuantizedTensor)]
-        size = sum(p.nbytes for p in self.params.values())
-        lines = [
-            f"Model of {self.n_parameters:,} parameters in {size:,} bytes: {config.model_type}, {config.layers} layers "
-            f"of width {config.hidden_size}, {config.vocab_size:,} tokens",
-            f"  {len(linears)} linears, {len(quantized)} of them quantised; computed in {self.dtype}",
-        ]
+        kinds = sorted({w.kind for w in linears if isinstance(w, QuantizedTensor)})
+        quantized = sum(isinstance(w, QuantizedTensor) for w in linears)
+        return {
+            "architecture": config.model_type,
+            "layers": config.layers,
+            "width": config.hidden_size,
+            "vocabulary": config.vocab_size,
+            "parameters": sum(p.size for p in self.params.values()),
+            "bytes": sum(p.nbytes for p in self.params.values()),
+            "linears": f"{len(linears)}, of which {quantized} in {' and '.join(kinds) or '4 bits'}",
+            "computed in": str(self.dtype),
+        }
+
+    def __repr__(self) -> str:
+        shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in self.facts().items()}
+        facts = [f"{name} {value}" for name, value in shown.items()]
+        lines = [f"Model({'; '.join(facts)})"]
         lines += [
-            f"  {'*' if name == self.active else ' '} {name!r}: {adapter!r}" for name, adapter in self.adapters.items()
+            f"  {'*' if name == self.active else ' '} {name!r}: {adapter}" for name, adapter in self.adapters.items()
         ]
         return "\n".join(lines)
 
-    @property
-    def n_parameters(self) -> int:
-        """How many parameters the base has."""
-        return sum(p.size for p in self.params.values())
+    def _repr_html_(self) -> str:
+        adapters = {
+            f"adapter {name!r}{', active' if name == self.active else ''}": repr(adapter)
+            for name, adapter in self.adapters.items()
+        }
+        return facts_html("Model", self.facts() | adapters)
 
     # ---- in and out ----
 
@@ -86,7 +101,14 @@ class Model:
         return cls(config, params)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, quantize: str | None = None, dtype: Any = np.float32) -> Model:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        quantize: str | None = None,
+        dtype: Any = np.float32,
+        adapters: Mapping[str, str | Path | LoraConfig] | None = None,
+        seed: int = 0,
+    ) -> Model:
         """Load a Hugging Face model: a directory (config.json, safetensors of floats, or bitsandbytes' in 4 bits), or a
         hub's id: see hub.py.
 
@@ -96,12 +118,25 @@ class Model:
         likewise, with the bits of the file, and `quantize` can ask for its own type only. Tensors come one at a time:
         memory holds at most the largest, as the file has it, beside what is kept.
 
+        adapters: by name, the directory of a PEFT adapter, or the LoraConfig of a new one, which starts from `seed`.
+        The last one is active. PiSSA and OLoRA take the dense weights apart: with one of them, the base is read dense
+        and quantised after that.
+
         The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        directory = model_directory(path)
-        model = cls(*pretrained.load(directory, quantize, dtype), dtype)
+        directory, given = model_directory(path), adapters or {}
+        configs = (one if isinstance(one, LoraConfig) else adapter_files.read_config(one) for one in given.values())
+        late = any(config.changes_base for config in configs)
+        model = cls(*pretrained.load(directory, None if late else quantize, dtype), dtype)
         model.directory = directory
+        for name, one in given.items():
+            if isinstance(one, LoraConfig):
+                model._adopt(name, new_adapter(one, model.params, model.config.linears(), model.dtype, seed))
+            else:
+                model.load_adapter(one, name)
+        if late and quantize is not None:
+            model.quantize(quantize)
         return model
 
     @cached_property
@@ -142,7 +177,7 @@ class Model:
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
     def combine_adapters(
-        self, factors: dict[str, float], name: str, method: str = "cat", rank: int | None = None
+        self, factors: Mapping[str, float], name: str, method: str = "cat", rank: int | None = None
     ) -> None:
         """Combine adapters, each times its factor, into a new one, and make it the active one: see adapter_sums.py.
         model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")"""

@@ -20,6 +20,7 @@ from typing import Any
 Ends = Callable[[str, int], set[int]]  # of a text and the place where a part begins: where it may end
 
 MAX_LENGTH, MAX_DEPTH = 1000, 50
+_CHARACTERS = (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN)
 _AT = {
     c.AT_BEGINNING: "^", c.AT_BEGINNING_STRING: r"\A", c.AT_END: "$", c.AT_END_STRING: r"\Z", c.AT_BOUNDARY: r"\b",
     c.AT_NON_BOUNDARY: r"\B",
@@ -30,6 +31,7 @@ _CATEGORIES = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=1 << 16)
 def full_match(pattern: str, text: str) -> bool:
     """Whether the pattern matches the whole text, as `re.fullmatch` does."""
     return len(text) in _compiled(pattern)(text, 0)
@@ -83,7 +85,7 @@ def _union(ends: Ends, text: str, starts: set[int]) -> set[int]:
 
 def _part(kind: Any, value: Any, depth: int) -> Ends:
     """One part of a parsed pattern, by what `re` calls its kind."""
-    if kind in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN, c.CATEGORY, c.RANGE):
+    if kind in _CHARACTERS:
         return lambda text, i: {i + 1} if i < len(text) and _takes(kind, value, text[i]) else set()
     if kind is c.AT:
         anchor = re.compile(_AT[value])
@@ -94,7 +96,10 @@ def _part(kind: Any, value: Any, depth: int) -> Ends:
     if kind is c.SUBPATTERN and not value[1] and not value[2]:
         return _sequence(value[3], depth)
     if kind in (c.MAX_REPEAT, c.MIN_REPEAT):
-        return _repeat(value[0], value[1], _sequence(value[2], depth))
+        low, high, body = value
+        if len(body) == 1 and body[0][0] in _CHARACTERS:
+            return _run(low, high, *body[0])
+        return _repeat(low, high, _sequence(body, depth))
     if kind in (c.ASSERT, c.ASSERT_NOT):
         inner = _sequence(value[1], depth)
         back = 0 if value[0] > 0 else value[1].getwidth()[0]  # behind, a pattern has one width
@@ -118,11 +123,23 @@ def _repeat(low: int, high: int, body: Ends) -> Ends:
     return ends
 
 
+def _run(low: int, high: int, kind: Any, value: Any) -> Ends:
+    """`_repeat` of a part of one character, such as .* or [a-z]+, at once."""
+
+    def ends(text: str, start: int) -> set[int]:
+        stop = start
+        while stop < min(len(text), start + high) and _takes(kind, value, text[stop]):
+            stop += 1
+        return set(range(start + low, stop + 1))
+
+    return ends
+
+
 def _takes(kind: Any, value: Any, letter: str) -> bool:
     """Whether one character is what a part of one character wants."""
     if kind is c.IN:
         negated = value[0][0] is c.NEGATE
-        return any(_takes(*one, letter) for one in value[negated:]) != negated
+        return any(_takes(part, wanted, letter) for part, wanted in value[negated:]) != negated
     if kind is c.RANGE:
         return value[0] <= ord(letter) <= value[1]
     if kind is c.CATEGORY:

@@ -26,6 +26,7 @@ import numpy as np
 
 from .backend import Array, array_module
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
+from .reprs import facts_html
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # block size of the second level
@@ -103,11 +104,21 @@ class QuantizedTensor:
         """`np.asarray(q)` is what `dequantize` gives."""
         return dequantize(self, dtype or np.float32)
 
+    @property
+    def kind(self) -> str:
+        """The name of its codebook among CODEBOOKS, or "own codebook"."""
+        return next((name for name, book in CODEBOOKS.items() if np.array_equal(book, self.codebook)), "own codebook")
+
     def __repr__(self) -> str:
-        kind = next((name for name, book in CODEBOOKS.items() if np.array_equal(book, self.codebook)), "own codebook")
         nested = "" if self.nested_absmax is None else ", double-quantised"
         size = f"{self.nbytes:,} bytes, {self.bits_per_param:.5g} bits a parameter"
-        return f"QuantizedTensor({self.shape} in {kind}, blocks of {self.block_size}{nested}; {size})"
+        return f"QuantizedTensor({self.shape} in {self.kind}, blocks of {self.block_size}{nested}; {size})"
+
+    def _repr_html_(self) -> str:
+        facts = {"shape": self.shape, "codebook": self.kind, "block size": self.block_size, "constants": "float32"}
+        if self.nested_absmax is not None:
+            facts["constants"] = f"8 bits, in blocks of {NESTED_BLOCK}"
+        return facts_html("QuantizedTensor", facts | {"bytes": self.nbytes, "bits a parameter": self.bits_per_param})
 
 
 def quantized_nbytes(size: int, block_size: int = 64, double_quant: bool = True) -> int:

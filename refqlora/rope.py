@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import check, number, shown
 
 # For each rope_type, what its parameters must hold and what they may.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -29,16 +30,18 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+_PARAMETER = number(1e-9, 1e9)
+
 
 def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
     """Raise ValueError for a scaling of frequencies that is not supported, or whose parameters are not what it takes.
 
     pairs: how many pairs of elements turn, which is how many factors "longrope" takes.
     """
-    kind = scaling.get("rope_type")
-    if kind not in SCALINGS:
+    kind = scaling.get("rope_type") if isinstance(scaling, Mapping) else None
+    if not isinstance(kind, str) or kind not in SCALINGS:
         supported = ", ".join(f'"{name}"' for name in ("default", *SCALINGS))
-        raise ValueError(f'RoPE of type "{kind}" is not supported; supported: {supported}')
+        raise ValueError(f"rope_type: expected one of {supported}, got {shown(kind)}")
     required, optional = SCALINGS[kind]
     for key in required:
         if key not in scaling:
@@ -46,18 +49,14 @@ def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
     for key in (*required, *optional):
         value = scaling.get(key, 1)
         if key in ("short_factor", "long_factor"):
-            if not isinstance(value, list | tuple) or len(value) != pairs or not all(map(_positive, value)):
-                raise ValueError(f'RoPE\'s "{key}" must be {pairs} positive numbers, not {value!r}')
-        elif not _positive(value) and key != "truncate":
-            raise ValueError(f'RoPE\'s "{key}" must be a positive number, not {value!r}')
+            if not isinstance(value, list | tuple) or len(value) != pairs or not all(map(_PARAMETER.fits, value)):
+                raise ValueError(f"{key}: expected a list of {pairs}, each {_PARAMETER.expected}, got {shown(value)}")
+        elif key != "truncate":
+            check(key, value, _PARAMETER)
     if kind == "dynamic" and pairs < 2:
         raise ValueError('RoPE of type "dynamic" takes two pairs of elements or more')
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ValueError('RoPE\'s "high_freq_factor" must be above its "low_freq_factor"')
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        raise ValueError("high_freq_factor: expected a number above low_freq_factor")
 
 
 def rope_frequencies(

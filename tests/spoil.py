@@ -30,6 +30,15 @@ def new_model(seed=0, **changes):
     return model
 
 
+def with_adapter(model, **options):
+    """Every A, B and magnitude random."""
+    model.add_adapter(**{"rank": 5, "alpha": 7, **options})
+    rng = np.random.default_rng(1)
+    for p in model.trainable().values():
+        p[...] = rng.standard_normal(p.shape)
+    return model
+
+
 def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, x in expected.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..model import Model
 from ..text.chat import Message, load_chat_template
-from ..text.generation import end_tokens, stream
+from ..text.generation import stream
 from ..text.prefix_cache import PrefixCache
 from ..text.tokenizer import encode
 
@@ -33,7 +33,7 @@ class Chat:
         """Raises ValueError for a model without a tokenizer, and for a chat template that cannot be read."""
         assert model.directory is not None
         self.model, self.tokenizer, self.cache = model, model.tokenizer, PrefixCache(model)
-        ends = end_tokens(model.config)
+        ends = model.config.ends
         self.template = load_chat_template(model.directory, self.tokenizer, ends[0] if ends else None)
         self.options = options
         self.first: list[Message] = [{"role": "system", "content": system}] if system is not None else []

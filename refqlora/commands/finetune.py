@@ -133,8 +133,8 @@ def prepare(
 ) -> Job:
     """Load the model and the data, put the adapter on, plan the memory, and say what there is."""
     directory = model_directory(base)
-    late = LoraConfig(**adapter).changes_base  # PiSSA and OLoRA take the dense weights apart: quantised after that
-    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
+    adapters = {"default": LoraConfig(**adapter)}
+    model = Model.from_pretrained(directory, quantize="nf4" if quantize else None, adapters=adapters, seed=seed)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     ends = model.config.eos_token_id
     eos = ends[0] if isinstance(ends, tuple) and ends else ends  # the first of them ends the texts to be learnt
@@ -153,9 +153,6 @@ def prepare(
     train_set, eval_set = datasets(items, tokenizer, eos, max_length, held_out, seed)
     if truncated := train_set.truncated + eval_set.truncated:
         console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
-    model.add_adapter(**adapter, seed=seed)
-    if quantize:
-        model.quantize()
     if epochs is not None:
         steps = epochs * len(train_set) / training.get("batch_size", TrainingConfig.batch_size)
         if not 0 < steps < 1e12:

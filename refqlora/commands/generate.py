@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files.adapter_files import read_config
-from ..files.hub import model_directory
+from ..adapters import warn_if_untrained
 from ..files.reading import read_json
 from ..model import Model
-from ..text.generation import end_tokens, generation_options, stream
+from ..text.generation import generation_options, stream
 from .chat import Chat, converse
 from .options import count, natural
 from .options import model as model_option
@@ -75,7 +74,10 @@ def add(options: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     if a.system is not None and not a.chat:
         raise ValueError("--system goes with --chat")
-    model = _load(model_directory(a.model), adapter_names(a.adapter or []), quantize=not a.no_quantize)
+    adapters = adapter_names(a.adapter or [])
+    model = Model.from_pretrained(a.model, quantize=None if a.no_quantize else "nf4", adapters=adapters)
+    for adapter, directory in adapters.items():
+        warn_if_untrained(model.adapters[adapter], str(directory))
     options = _options(a, model)
     notice = "" if a.no_quantize or _is_quantised(model.directory) else QUANTISED
     if a.chat:
@@ -84,30 +86,18 @@ def run(a: argparse.Namespace) -> None:
         converse(chat)
         return
     prompt = sys.stdin.read() if a.prompt == "-" else _unescaped(a.prompt)
-    names: list[str | None] = [*model.adapters]
-    for name in names or [None]:
+    active: list[str | None] = [*model.adapters]
+    for name in active or [None]:
         model.set_adapter(name)
         pieces = stream(model, prompt, **options)
         first = next(pieces)  # by now the options are found to be good
         print(notice, end="", file=sys.stderr)
         notice = ""
-        heading = f"== {name} ==\n" if len(names) > 1 else ""
+        heading = f"== {name} ==\n" if len(active) > 1 else ""
         print(heading + prompt + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-
-
-def _load(directory: Path, adapters: dict[str, Path], quantize: bool) -> Model:
-    """The model with its adapters. Those that take dense weights apart (PiSSA, OLoRA) are loaded before it is
-    quantised."""
-    late = any(read_config(adapter).changes_base for adapter in adapters.values())
-    model = Model.from_pretrained(directory, quantize="nf4" if quantize and not late else None)
-    for name, adapter in adapters.items():
-        model.load_adapter(adapter, name)
-    if late and quantize:
-        model.quantize()
-    return model
 
 
 def _is_quantised(directory: Path | None) -> bool:
@@ -120,7 +110,7 @@ def _options(a: argparse.Namespace, model: Model) -> dict[str, Any]:
     given = {"max_new_tokens": a.max_new_tokens, **{option: getattr(a, option) for option in SAMPLING}}
     options = {
         "max_new_tokens": model.config.max_positions if a.chat else 100,
-        "stop": end_tokens(model.config),
+        "stop": model.config.ends,
         **generation_options(model.directory),
         **{option: value for option, value in given.items() if value is not None},
         "stop_strings": [_unescaped(text) for text in a.stop or []],

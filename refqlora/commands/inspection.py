@@ -16,8 +16,7 @@ from ..config import check_shapes
 from ..files import bnb, model_files, pretrained
 from ..files.config_json import config_from_dict
 from ..files.hub import BUNDLED
-from ..files.mapped import Mapped, map_tensors
-from ..files.reading import DTYPES, FLOATS, read_json
+from ..files.reading import FLOATS, STORED_DTYPES, Mapped, map_tensors, read_json
 from ..lora import dense
 from ..quantization import QuantizedTensor, quantize
 from ..quantization_error import quantization_error
@@ -107,7 +106,7 @@ def _model(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
 
 
 def _model_tensors(directory: Path) -> dict[str, Mapped]:
-    located = model_files.locate(directory, tuple(DTYPES.values()))
+    located = model_files.locate(directory, tuple(STORED_DTYPES.values()))
     return {name: Mapped(path, entry) for name, (path, entry) in located.items()}
 
 

@@ -13,29 +13,32 @@ weights are as far from the trained ones as the base without the adapter is.
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from rich.table import Table
 
+from ..adapters import warn_if_untrained
 from ..backend import Array
+from ..files import pretrained
 from ..files.hub import model_directory
-from ..files.model_files import read_model
+from ..files.model_files import outline
 from ..files.reading import read_json
-from ..files.writing import check_new, new_directory
+from ..files.writing import new_directory
 from ..lora import LoRA, Weight, dense, merge
 from ..model import Model
 from ..quantization import QuantizedTensor, dequantize, quantize
 from .options import console, model, report
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-INTO = ("dequantised", "original", "nf4")
+INTO = {"original": "the original weights", "dequantised": "the dequantised base", "nf4": "4 bits again"}
 ERASED = 0.5  # from this error on, requantising is said to erase the adapter
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def merge_model(
@@ -47,118 +50,91 @@ def merge_model(
     trained_on_nf4: bool = True,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Merge adapters into `base`, a model's directory or hub's id, and write the result, with the tokenizer and
-    whatever else lies there, to the new directory `out`; -> the errors by kind of linear, and in all.
+    """Merge adapters into `base`, a model's directory or hub's id, and write the result to the new directory `out`,
+    with the tokenizer and the other files that go along with a model; -> the errors by kind of linear, and in all.
 
     trained_on_nf4: whether the adapters learnt on the base in NF4 (QLoRA) or on the weights as they are (LoRA).
     into: one of INTO; by default "dequantised" after QLoRA, otherwise "original". With "dequantised" and "nf4" every
-    linear is quantised, those without an adapter too. dtype: of the files, a key of DTYPES; by default the base's.
-    The changes of several adapters add up, each counted from the base.
+    linear is quantised, those without an adapter too. dtype: of what is not in 4 bits, a key of DTYPES; by default the
+    base's. The changes of several adapters add up, each counted from the base.
 
-    Raises ValueError or FileNotFoundError for what is wrong with files or options. `out` is there whole or not at all.
+    Raises ValueError or FileNotFoundError for what is wrong with files or options; `out` is then as it was.
     """
     into = into or ("dequantised" if trained_on_nf4 else "original")
     if into not in INTO:
-        raise ValueError(f"into must be one of {', '.join(INTO)}, not {into!r}")
+        raise ValueError(f"into: expected one of {', '.join(INTO)}, got {into!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if dtype is not None and into == "nf4":
-        raise ValueError("dtype is that of 16 or 32 bit files: it does not go with nf4")
-    check_new(out)
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     base = model_directory(base)
-    model = Model.from_pretrained(base)
-    stored = np.dtype(DTYPES[dtype or _file_dtype(base)])
-    for i, adapter in enumerate(adapters):
-        model.load_adapter(adapter, str(i))
-    linears = model.config.linears()
-    if into == "original" and isinstance(model.params[linears[0] + ".weight"], QuantizedTensor):
-        raise ValueError(f"{base}: is quantised already: there are no original weights to merge into")
-
-    errors = Errors()
-    for linear in linears:
-        weights = merged_weights(model, linear, trained_on_nf4)
-        wanted = weights["requantised" if into == "nf4" else into]
-        errors.add(linear, weights, stored)
-        if not isinstance(wanted, QuantizedTensor) and not np.isfinite(wanted.astype(stored)).all():
-            raise ValueError(f"{linear}.weight: merged, it is beyond what {stored} holds")
-        model.params[linear + ".weight"] = wanted
-    facts = errors.facts()
-    if not facts["all"]["change"]:
-        raise ValueError("nothing to merge: the adapters change no weight")
-    model.set_adapter(None)
-    with new_directory(out) as directory:
-        model.save_pretrained(directory, **({} if into == "nf4" else {"dtype": stored}))
-        for file in sorted(base.iterdir()):
-            ours = file.name.startswith(".") or file.name.endswith(_WEIGHTS) or (directory / file.name).exists()
-            if file.is_file() and not ours:
-                shutil.copyfile(file, directory / file.name)
-    facts |= {"into": into, "dtype": "nf4" if into == "nf4" else stored.name, "trained_on_nf4": trained_on_nf4}
-    return facts | {"erased": facts["all"]["requantised"] >= ERASED}
+    with new_directory(out) as new:
+        named = {str(path) + f" ({i + 1})" * (path in adapters[:i]): path for i, path in enumerate(adapters)}
+        model = Model.from_pretrained(base, adapters=named)
+        for name, adapter in model.adapters.items():
+            warn_if_untrained(adapter, name)
+        linears = model.config.linears()
+        if into == "original" and isinstance(model.params[linears[0] + ".weight"], QuantizedTensor):
+            raise ValueError(f"{base}: expected original weights to merge into, got a quantised model")
+        stored, errors = np.dtype(DTYPES[dtype or _file_dtype(base)]), Errors()
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+            for linear in linears:
+                merged = merged_weights(model, linear, trained_on_nf4)
+                errors.add(linear, merged, stored)
+                model.params[linear + ".weight"] = merged.into(into)
+            _check_range(model.params, stored)
+        if not errors.sums["all"]["change"]:
+            raise ValueError("nothing to merge: the adapters change no weight")
+        pretrained.save(new, model.config, model.params, stored, base=base)
+    facts = errors.facts() | {"into": into, "dtype": stored.name, "trained_on_nf4": trained_on_nf4}
+    use = f"refqlora generate --model {shlex.quote(str(out))}{'' if into == 'nf4' else ' --no-quantize'} --prompt TEXT"
+    return facts | {"erased": facts["all"]["requantised"] >= ERASED, "use": use}
 
 
-def merged_weights(model: Model, linear: str, trained_on_nf4: bool = True) -> dict[str, Weight | None]:
-    """One linear's weight (out, in) under all of the model's adapters: as "base" and as "trained" (what the adapters
-    learnt on, without and with them), and merged: "original" (None where the model is quantised), "dequantised",
-    "requantised".
+class Merged(NamedTuple):
+    """One linear's weight (out, in) under all of a model's adapters."""
 
-    `model` as it was loaded, dense or quantised; dense arrays are of its dtype, "requantised" is a QuantizedTensor.
-    """
+    base: Array  # what they learnt on, without them
+    trained: Array  # and with them
+    original: Array | None  # merged into the weights as they are; None where the model is quantised
+    dequantised: Array
+    requantised: QuantizedTensor
+
+    def into(self, way: str) -> Weight:
+        """The weight merged in a way of INTO."""
+        if way == "original":
+            assert self.original is not None
+            return self.original
+        return self.requantised if way == "nf4" else self.dequantised
+
+
+def merged_weights(model: Model, linear: str, trained_on_nf4: bool = True) -> Merged:
+    """`model` as it was loaded, dense or quantised, with its adapters; dense arrays are of its dtype. Raises ValueError
+    that names the adapter whose change is not finite."""
     name, dtype = linear + ".weight", model.dtype
     weight = model.params[name]
-    parts = [(a.residual.get(name, weight), a.lora(linear)) for a in model.adapters.values()]
+    parts = [
+        (adapter, a.residual.get(name, weight), lora)
+        for adapter, a in model.adapters.items()
+        if (lora := a.lora(linear)) is not None
+    ]
     quantized = _nf4(weight, name)
-    on_nf4 = _summed(quantized, [(quantized if w is weight else _nf4(w, name), lora) for w, lora in parts], dtype)
-    original = None if isinstance(weight, QuantizedTensor) else _summed(weight, parts, dtype)
-    trained = on_nf4 if trained_on_nf4 or original is None else original
-    return {
-        "base": dense(quantized if original is None else weight, dtype),
-        "trained": trained,
-        "original": original,
-        "dequantised": on_nf4,
-        "requantised": quantize(trained, name=name),
-    }
+    on_nf4 = [(adapter, quantized if w is weight else _nf4(w, name), lora) for adapter, w, lora in parts]
+    dequantised = _summed(quantized, on_nf4, dtype, linear)
+    original = None if isinstance(weight, QuantizedTensor) else _summed(weight, parts, dtype, linear)
+    trained = dequantised if trained_on_nf4 or original is None else original
+    base = dense(quantized if original is None else weight, dtype)
+    return Merged(base, trained, original, dequantised, quantize(trained, name=name))
 
 
-class Errors:
-    """Squared norms, summed by kind of linear."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, dict[str, float]] = {}
-
-    def add(self, linear: str, weights: dict[str, Weight | None], stored: np.dtype) -> None:
-        """Count one linear's `merged_weights`, the dense ones as a file of dtype `stored` holds them."""
-        trained, original = weights["trained"], weights["original"]
-        change = (trained if original is None else original) - weights["base"]
-        found = {"weight": weights["base"], "change": change}
-        for way in ("original", "dequantised"):
-            if weights[way] is not None:
-                found[way] = weights[way].astype(stored).astype(trained.dtype) - trained
-        found["requantised"] = dequantize(weights["requantised"], trained.dtype) - trained
-        for kind in (linear.rsplit(".", 1)[-1], "all"):
-            sums = self.sums.setdefault(kind, dict.fromkeys(found, 0.0) | {"linears": 0})
-            sums["linears"] += 1
-            for what, x in found.items():
-                sums[what] += float(np.linalg.norm(x)) ** 2
-
-    def facts(self) -> dict[str, Any]:
-        """By kind, and for "all": how many linears; the change relative to the weight; the error of each way relative
-        to the change (None where nothing changed, or there is no original)."""
-        rows = {}
-        for kind, sums in self.sums.items():
-            rows[kind] = {"linears": sums["linears"], "change": (sums["change"] / sums["weight"]) ** 0.5}
-            for way in ("original", "dequantised", "requantised"):
-                known = way in sums and sums["change"]
-                rows[kind][way] = (sums[way] / sums["change"]) ** 0.5 if known else None
-        return {"kinds": {kind: row for kind, row in rows.items() if kind != "all"}, "all": rows["all"]}
-
-
-def _summed(base: Weight, parts: list[tuple[Weight, LoRA | None]], dtype: np.dtype) -> Array:
-    """The base's weight plus what each adapter changes in it; a part is the weight that an adapter sits on, and it."""
-    parts = [(weight, lora) for weight, lora in parts if lora is not None]
-    if len(parts) == 1:
-        return merge(dense(parts[0][0], dtype), parts[0][1])
+def _summed(base: Weight, parts: list[tuple[str, Weight, LoRA]], dtype: np.dtype, linear: str) -> Array:
+    """The base's weight plus what each adapter changes in it; a part is an adapter's name, the weight that it sits on,
+    and what it has there."""
+    merged = []
+    for adapter, weight, lora in parts:
+        merged.append(merge(dense(weight, dtype), lora))
+        if not np.isfinite(merged[-1]).all():
+            raise ValueError(f"{adapter}: {linear}: W + s B A is not finite")
     w = dense(base, dtype)
-    return w + sum(merge(dense(weight, dtype), lora) - w for weight, lora in parts)
+    return merged[0] if len(merged) == 1 else w + sum(changed - w for changed in merged)
 
 
 def _nf4(weight: Weight, name: str) -> QuantizedTensor:
@@ -168,11 +144,76 @@ def _nf4(weight: Weight, name: str) -> QuantizedTensor:
 def _file_dtype(base: Path) -> str:
     """The dtype of the base's files: what config.json says, otherwise that of the first tensor."""
     config = read_json(base / "config.json")
-    name = config.get("dtype") or config.get("torch_dtype") or next(read_model(base))[1].dtype.name
-    return name if name in DTYPES else "float32"
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name is None and config.get("quantization_config") is None:
+        name = next(iter(outline(base)))[1].dtype.name
+    return name if name in tuple(DTYPES) else "float32"
 
 
-# ---- the command ----
+def _check_range(params: Mapping[str, Weight], dtype: np.dtype) -> None:
+    for name, param in params.items():
+        if not isinstance(param, QuantizedTensor) and not np.isfinite(param.astype(dtype)).all():
+            raise ValueError(f"{name}: expected numbers that {dtype} holds, got {abs(param).max():g} among them")
+
+
+class Errors:
+    """Squared norms, summed by kind of linear."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, float]] = {}
+
+    def add(self, linear: str, merged: Merged, stored: np.dtype) -> None:
+        """Count one linear, its dense weights as a file of dtype `stored` holds them."""
+        trained, original = merged.trained, merged.original
+        found = {"weight": merged.base, "change": (trained if original is None else original) - merged.base}
+        if original is not None:
+            found["original"] = original.astype(stored).astype(trained.dtype) - trained
+        found["dequantised"] = merged.dequantised.astype(stored).astype(trained.dtype) - trained
+        found["requantised"] = dequantize(merged.requantised, trained.dtype) - trained
+        for kind in (linear.rsplit(".", 1)[-1], "all"):
+            sums = self.sums.setdefault(kind, dict.fromkeys(found, 0.0) | {"linears": 0})
+            sums["linears"] += 1
+            for what, x in found.items():
+                sums[what] += float(np.einsum("oi,oi->", x, x, dtype=np.float64))
+
+    def facts(self) -> dict[str, Any]:
+        """By kind, and for "all": how many linears; the change relative to the weight; the error of each way relative
+        to the change (None where nothing changed, or there is no original)."""
+
+        def relative(sums: dict[str, float], what: str, to: str) -> float | None:
+            return (sums[what] / sums[to]) ** 0.5 if what in sums and sums[to] else None
+
+        rows: dict[str, Any] = {}
+        for kind, sums in self.sums.items():
+            rows[kind] = {"linears": sums["linears"], "change": relative(sums, "change", "weight")}
+            rows[kind] |= {way: relative(sums, way, "change") for way in ("original", "dequantised", "requantised")}
+        return {"kinds": {kind: row for kind, row in rows.items() if kind != "all"}, "all": rows["all"]}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="error of merging", title_justify="left")
+    columns = {
+        "change": "change / weight",
+        "original": "into original weights",
+        "dequantised": "into dequantised base",
+        "requantised": "into 4 bits again",
+    }
+    table.add_column("linear")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for kind, row in [*facts["kinds"].items(), ("all", facts["all"])]:
+        if kind == "all":
+            table.add_section()
+        table.add_row(kind, *("-" if row[column] is None else f"{row[column]:.3g}" for column in columns))
+    return table
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
 
 
 MORE = (
@@ -185,7 +226,7 @@ def add(options: argparse.ArgumentParser) -> None:
     options.add_argument("--adapter", type=Path, required=True, action="append", help="a PEFT adapter; may be repeated")
     options.add_argument("--out", type=Path, required=True, help="new directory to write the model to")
     model(options)
-    options.add_argument("--dtype", choices=DTYPES, default=None, help="of the files (default: the base's)")
+    options.add_argument("--dtype", choices=DTYPES, default=None, help="of what is not in 4 bits (default: the base's)")
     way = options.add_mutually_exclusive_group()
     way.add_argument("--original", action="store_true", help="merge into the weights as they are, not dequantised")
     way.add_argument("--nf4", action="store_true", help="merge and quantise to 4 bits again")
@@ -196,17 +237,8 @@ def add(options: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     into = "nf4" if a.nf4 else "original" if a.original else None
     facts = merge_model(a.model, a.adapter, a.out, into=into, trained_on_nf4=not a.no_quantize, dtype=a.dtype)
-    table = Table(title="error of merging", title_justify="left")
-    ways = {"original": "original weights", "dequantised": "dequantised base", "requantised": "4 bits again"}
-    for column in ("linear", "change / weight", *(f"into {way}" for way in ways.values())):
-        table.add_column(column, justify="left" if column == "linear" else "right")
-    rows = [*facts["kinds"].items(), ("all", facts["all"])]
-    for kind, row in rows:
-        table.add_section() if kind == "all" else None
-        errors = ("-" if row[way] is None else f"{row[way]:.3g}" for way in ways)
-        table.add_row(kind, f"{row['change']:.3g}", *errors)
     out, trained = console(a), "the NF4 base" if facts["trained_on_nf4"] else "the dense base"
-    out.print(table)
+    out.print(_table(facts))
     out.print(
         f"An error is how far the merged weights are from those trained ({trained} with the adapter), as a multiple of "
         "the adapter's own change: at 0.01 a hundredth of it is lost, at 1 they are as far off as the base without it.",
@@ -214,11 +246,12 @@ def run(a: argparse.Namespace) -> None:
     )
     if facts["erased"]:
         error = facts["all"]["requantised"]
+        keep = "Keep it apart, or merge into 16 bits." if into == "nf4" else "Use the merged model with --no-quantize."
         out.print(
             f"Warning: 4 bits again lose {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): its "
-            "change is small beside the steps between the codes. Keep it apart, or merge into 16 bits.",
+            f"change is small beside the steps between the codes. {keep}",
             highlight=False,
         )
-    where = {"original": "the original weights", "dequantised": "the dequantised base", "nf4": "4 bits again"}
-    out.print(f"wrote {a.out}/: merged into {where[facts['into']]}, {facts['dtype']}", highlight=False, markup=False)
+    out.print(f"wrote {a.out}/: merged into {INTO[facts['into']]}, {facts['dtype']}", highlight=False, markup=False)
+    out.print(f"try it: {facts['use']}", highlight=False, markup=False)
     report(a, facts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,20 +15,14 @@ from rich.table import Table
 
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
-from ..files import bnb, model_files, pretrained, shards
+from ..files import bnb, model_files, pretrained
 from ..files.bnb import TYPES
-from ..files.config_json import config_from_dict, read_config_json
+from ..files.config_json import read_config
 from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
 from ..quantization_error import Error, quantization_error
 from .options import console, model, report
-
-# What belongs to a model besides its weights and config.json, and is copied as it is.
-COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def quantize_files(
@@ -40,7 +33,7 @@ def quantize_files(
     kind: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
-    shard_bytes: int = shards.SHARD,
+    shard_bytes: int = model_files.SHARD,
 ) -> dict[str, Any]:
     """Read the Hugging Face directory `model` and write `out`, its linears in bitsandbytes' 4 bits, everything else as
     it was, with the files that belong to a model; -> the figures.
@@ -50,22 +43,18 @@ def quantize_files(
     be quantised.
     """
     model = model_directory(model)
-    d = read_config_json(model)
-    config = config_from_dict(d, str(model / "config.json"))
+    config, d = read_config(model)
     if d.get("quantization_config") is not None:
         raise ValueError(f"{model / 'config.json'}: the model is quantised already")
     if kind not in bnb.TYPES:
         raise ValueError(f"type must be one of {', '.join(bnb.TYPES)}, not {kind!r}")
     rows: list[Row] = []
     with new_directory(out) as directory:
-        for pattern in COMPANIONS:
-            for file in sorted(model.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, directory / file.name)
+        model_files.copy_companions(model, directory)
         tensors = _quantized(model, config, rows, console, kind, block_size, double_quant)
-        nbytes = shards.write_model(directory, tensors, shard_bytes)
+        nbytes = model_files.write_model(directory, tensors, shard_bytes)
         dtype = d.get("dtype") or d.get("torch_dtype")
-        dtype = bnb.DTYPES[dtype] if dtype in tuple(bnb.DTYPES) else rows[0].dtype
+        dtype = bnb.DENSE_DTYPES[dtype] if dtype in tuple(bnb.DENSE_DTYPES) else rows[0].dtype
         write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
     facts = _figures(rows, nbytes, kind, block_size, double_quant)
     console.print(_table(facts), highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters import MAGNITUDE, A, B
+from ..checks import shown
 from ..lora_config import LoraConfig
 from .reading import PICKLED, read_json, read_weights
 from .writing import together, write_json, write_tensors
@@ -25,7 +26,7 @@ FIELDS = {  # PEFT's key: the field of LoraConfig
 }  # fmt: skip
 # Every other key of PEFT's LoraConfig (0.21). Those that would change the numbers, and the values under which they do
 # not: anything else is refused by name.
-MUST_BE = {
+MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "modules_to_save": (None, []),
@@ -141,15 +142,17 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
         name = key.removeprefix(PEFT_PREFIX)
         for part, sign in {"an embedding": ".lora_embedding_", "the output head": "lm_head.lora_"}.items():
             if sign in name:
-                raise ValueError(f"{path}: {key} is an adapter on {part}: expected only linears inside the layers")
+                raise ValueError(
+                    f"{path}: {shown(key, 150)} is on {part}: expected adapters on the layers' linears only"
+                )
         if name == key or not name.endswith(kinds):
             expected = ", ".join(PEFT_PREFIX + "<linear>" + kind for kind in kinds)
-            raise ValueError(f"{path}: {key} is not a LoRA matrix ({expected})")
+            raise ValueError(f"{path}: {shown(key, 150)} is not a LoRA matrix ({expected})")
         params[name] = tensor
     return config, params
 
 
-def read_config(directory: Path) -> LoraConfig:
+def read_config(directory: str | Path) -> LoraConfig:
     """adapter_config.json as a LoraConfig.
 
     Raises FileNotFoundError, or ValueError that names the file and the field, for what is not there, and for every
@@ -173,7 +176,7 @@ def _read_config(directory: Path) -> tuple[LoraConfig, bool]:
             if not any(value == allowed and type(value) is type(allowed) for allowed in MUST_BE[key]):
                 raise _unexpected(path, key, " or ".join(map(json.dumps, MUST_BE[key])), value)
         elif key not in IGNORED and value not in (None, False, [], {}):
-            raise ValueError(f"{path}: {key} is not known: it might change the numbers")
+            raise ValueError(f"{path}: {shown(key)} is not known: it might change the numbers")
     for key in ("peft_type", *_NEEDED):
         if found.get(key) is None:
             raise ValueError(f"{path}: {key} is missing")
@@ -184,9 +187,9 @@ def _read_config(directory: Path) -> tuple[LoraConfig, bool]:
     try:
         return LoraConfig(**fields), bool(found.get("fan_in_fan_out"))
     except ValueError as error:
-        ours = re.match(r"\w*", str(error))[0]  # an error begins with the field
-        theirs = next((key for key, name in FIELDS.items() if name == ours), ours)
-        raise ValueError(f"{path}: {theirs}{str(error).removeprefix(ours)}") from None
+        said = str(error)  # it begins with the field
+        key = next((key for key, ours in FIELDS.items() if re.match(rf"{ours}\b", said)), "")
+        raise ValueError(f"{path}: {key}{said.removeprefix(FIELDS.get(key, ''))}") from None
 
 
 def _init(path: Path, value: Any) -> str:
@@ -198,14 +201,18 @@ def _init(path: Path, value: Any) -> str:
         return value
     if isinstance(value, str) and value.startswith("pissa_niter"):
         raise ValueError(
-            f"{path}: init_lora_weights: {json.dumps(value)[:80]}: what this adapter sits on was drawn at random, and "
+            f"{path}: init_lora_weights: {shown(value)}: what this adapter sits on was drawn at random, and "
             "its files do not hold it; save it with path_initial_model_for_weight_conversion"
         )
     raise _unexpected(path, "init_lora_weights", 'a start that leaves the base alone, "pissa" or "olora"', value)
 
 
 def _unexpected(path: Path, key: str, expected: str, value: Any) -> ValueError:
-    return ValueError(f"{path}: {key}: expected {expected}, got {json.dumps(value)[:80]}")
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = shown(value)
+    return ValueError(f"{path}: {key}: expected {expected}, got {text if len(text) <= 60 else text[:57] + '...'}")
 
 
 def _missing(path: Path) -> ValueError | FileNotFoundError:

@@ -33,8 +33,8 @@ from . import model_files
 from .reading import FLOATS
 
 TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes has
-DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
-STORAGE = ("uint8", "int8", "float64", *DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
+DENSE_DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
+STORAGE = ("uint8", "int8", "float64", *DENSE_DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
 INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))  # what a 4-bit checkpoint holds besides floats
 
 _PART = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
@@ -164,7 +164,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
         ("quant_type", d["quant_type"] in TYPES, f"one of {', '.join(TYPES)}"),
         ("quant_type", d["quant_type"] == kind, f'"{kind}" as in the key'),
         ("blocksize", type(d["blocksize"]) is int and d["blocksize"] in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
-        ("dtype", d["dtype"] in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("dtype", d["dtype"] in tuple(DENSE_DTYPES), f"one of {', '.join(DENSE_DTYPES)}"),
         ("shape", isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**40 for n in shape),
          "two whole numbers, 1 to 2^40"),
         ("nested_blocksize", not nested or d["nested_blocksize"] == NESTED_BLOCK, str(NESTED_BLOCK)),
@@ -174,7 +174,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
         if not good:
             raise ValueError(f'{where}: "{field}" is {_shown(d[field])}, expected {expected}')
     offset = np.float32(offset) if nested else None
-    return State(d["quant_type"], d["blocksize"], DTYPES[d["dtype"]], tuple(shape), offset)
+    return State(d["quant_type"], d["blocksize"], DENSE_DTYPES[d["dtype"]], tuple(shape), offset)
 
 
 def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
@@ -248,7 +248,7 @@ def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
     state = {
         "quant_type": kind,
         "blocksize": q.block_size,
-        "dtype": q.dtype.name if q.dtype.name in DTYPES else "float32",
+        "dtype": q.dtype.name if q.dtype.name in DENSE_DTYPES else "float32",
         "shape": list(q.shape),
     }
     yield name, q.packed.reshape(-1, 1)
@@ -296,7 +296,7 @@ def config_for(kind: str, nested: bool, dtype: np.dtype, skipped: Sequence[str] 
         "load_in_8bit": False,
         "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": dtype.name if dtype.name in DTYPES else "float32",
+        "bnb_4bit_compute_dtype": dtype.name if dtype.name in DENSE_DTYPES else "float32",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": None if list(skipped) == ["lm_head"] else list(skipped),
         "llm_int8_enable_fp32_cpu_offload": False,

@@ -5,15 +5,15 @@ What a file leaves out is as in transformers' configuration_*.py (version 5.23).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..architectures import ARCHITECTURES, Architecture
-from ..config import Config
+from ..architectures import ARCHITECTURES
+from ..checks import SIZE, SWITCH, TEXT, TOKEN, TOKENS, Rule, check, number, shown, whole
+from ..config import RULES, Config
 from ..rope import SCALINGS
 from .reading import read_json
 
@@ -25,125 +25,201 @@ _UNSUPPORTED = {  # what would change the numbers
 }
 
 
+_KEYS = {  # a field of Config: Llama's key
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings", "eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+}  # fmt: skip
+_RULES: dict[str, Rule] = {_KEYS.get(name, name): rule for name, rule in RULES.items()} | {
+    "rope_type": TEXT,
+    "type": TEXT,
+    "sliding_window": SIZE,
+    "use_sliding_window": SWITCH,
+    "max_window_layers": whole(0),
+    "original_max_position_embeddings": SIZE,
+}
+_GENERATION: dict[str, Rule] = {
+    "eos_token_id": TOKENS,
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
+    "do_sample": SWITCH,
+    **dict.fromkeys(("temperature", "repetition_penalty"), number(0, 1e30)),
+    **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
+    "top_k": whole(0, 2**63),
+    "max_new_tokens": SIZE,
+}
+
+
+# ---- in --------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
+    """config.json of a model's directory: as a Config, and as it stands.
+
+    Raises FileNotFoundError, or ValueError that names the file and the field.
+    """
+    path = Path(directory) / "config.json"
+    d = read_json(path)
+    return config_from_dict(d, str(path)), d
+
+
 def config_from_dict(d: Mapping[str, Any], where: str = "config") -> Config:
-    """A config.json -> Config. Raises ValueError, beginning with `where`, for a field that is missing or an option that
-    is not supported."""
+    """A config.json -> Config. Raises ValueError, beginning with `where`, for a field that is missing or cannot be, or
+    an option that is not supported.
+
+    Dropout of the base itself (attn_pdrop, attention_dropout, ...) is not read: it is never applied, as in a model in
+    eval mode.
+    """
     try:
         return Config(**_fields(d))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _fields(d: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json -> the fields of a Config.
+class _Json:
+    """The fields of a config.json by Llama's keys, each checked when it is read."""
 
-    Dropout of the base itself (attn_pdrop, attention_dropout, ...) is not read: it is never applied, as in a model
-    in eval mode. Raises ValueError for a field that is missing or an option that is not supported.
-    """
-    model_type = d.get("model_type")
-    if model_type is None:
-        raise ValueError('has no "model_type"')
-    if model_type not in ARCHITECTURES:
-        supported = ", ".join(f'"{name}"' for name in ARCHITECTURES)
-        raise ValueError(f'model_type "{model_type}" is not supported; supported: {supported}')
-    architecture = ARCHITECTURES[model_type]
+    def __init__(self, d: Mapping[str, Any]) -> None:
+        kind = d.get("model_type")
+        if kind is None:
+            raise ValueError('has no "model_type"')
+        check("model_type", kind, TEXT)
+        if kind not in ARCHITECTURES:
+            supported = ", ".join(f'"{name}"' for name in ARCHITECTURES)
+            raise ValueError(f"model_type: {shown(kind)} is not supported; supported: {supported}")
+        self.d = d
+        self.architecture = ARCHITECTURES[kind]
+
+    def get(self, key: str) -> Any:
+        """The value, or the architecture's default where the file has no such key; None where it is null."""
+        name = self.architecture.key(key)
+        value = self.d.get(name, self.architecture.defaults.get(name, _DEFAULTS.get(key)))
+        return _checked(name, value, key)
+
+    def need(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f'has no "{self.architecture.key(key)}"')
+        return value
+
+
+def _checked(name: str, value: Any, key: str) -> Any:
+    if value is not None and key in _RULES:
+        check(name, value, _RULES[key])
+    return value
+
+
+def _fields(d: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json -> the fields of a Config."""
+    json = _Json(d)
+    architecture, get, need = json.architecture, json.get, json.need
     for option, message in _UNSUPPORTED.items():
         if d.get(option):
             raise ValueError(message)
-
-    def get(key: str) -> Any:
-        name = architecture.key(key)
-        return d.get(name, architecture.defaults.get(name, _DEFAULTS.get(key)))
-
-    def need(key: str) -> Any:
-        if get(key) is None:
-            raise ValueError(f'has no "{architecture.key(key)}"')
-        return get(key)
-
     vocabulary, hidden = need("vocab_size"), need("hidden_size")
     layers, heads = need("num_hidden_layers"), need("num_attention_heads")
+    gpt2_default = 4 * hidden if d["model_type"] == "gpt2" else None
     eos = get("eos_token_id")
     return {
-        "model_type": model_type,
+        "model_type": d["model_type"],
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": get("intermediate_size")
-        or (4 * hidden if model_type == "gpt2" else need("intermediate_size")),
+        "intermediate_size": get("intermediate_size") or gpt2_default or need("intermediate_size"),
         "layers": layers,
         "heads": heads,
         "kv_heads": get("num_key_value_heads") or heads,
-        "head_dim": hidden // heads if get("head_dim") is None else get("head_dim"),
-        "activation": _read_activation(get, architecture),
-        "eps": get("rms_norm_eps"),
+        "head_dim": get("head_dim") or hidden // heads,
+        "activation": _read_activation(json),
+        "eps": need("rms_norm_eps"),
         "tied": get("tie_word_embeddings") or False,
-        "max_positions": get("max_position_embeddings"),
+        "max_positions": need("max_position_embeddings"),
         "bos_token_id": get("bos_token_id"),
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
         "pad_token_id": get("pad_token_id"),
-        "windows": _read_windows(get, architecture, layers),
-        **(_read_rope(get, model_type) if architecture.positions is None else {}),
+        "windows": _read_windows(json, layers),
+        **(_read_rope(json) if architecture.positions is None else {}),
         **architecture.fixed,
         **{option: get(option) for option in architecture.options if get(option) is not None},
     }
 
 
-def _read_activation(get: Callable, architecture: Architecture) -> str:
-    activation = get("hidden_act")
+def _read_activation(json: _Json) -> str:
+    activation, architecture = json.get("hidden_act"), json.architecture
     supported = [name for name in _ACTIVATIONS if architecture.gated or name != "silu"]
     if activation not in supported:
         names = ", ".join(f'"{name}"' for name in supported)
-        raise ValueError(f'{architecture.key("hidden_act")} "{activation}" is not supported; supported: {names}')
+        raise ValueError(f"{architecture.key('hidden_act')}: {shown(activation)} is not supported; supported: {names}")
     return _ACTIVATIONS[activation]
 
 
-def _read_windows(get: Callable, architecture: Architecture, layers: int) -> tuple[int | None, ...] | None:
+def _read_windows(json: _Json, layers: int) -> tuple[int | None, ...] | None:
     """Each layer's sliding window, None where it has none; None if no layer has one."""
-    window = get("sliding_window")
-    if architecture.sliding is None or (architecture.sliding == "upper" and not get("use_sliding_window")):
-        window = None
-    slides = {
-        None: lambda i: False,
-        "all": lambda i: window is not None,
-        "even": lambda i: i % 2 == 0,
-        "upper": lambda i: window is not None and i >= get("max_window_layers"),
-    }[architecture.sliding]
-    usual = ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
-    types = usual if architecture.sliding is None or get("layer_types") is None else get("layer_types")
-    if not isinstance(types, list) or len(types) != layers or not {*types} <= {"full_attention", "sliding_attention"}:
-        raise ValueError(f'layer_types must hold {layers} times "full_attention" or "sliding_attention", not {types!r}')
-    if architecture.sliding == "all" and types != usual:
-        raise ValueError(f"layer_types {types!r} is not supported: sliding_window is of all layers or of none")
+    sliding, types = json.architecture.sliding, json.get("layer_types")
+    if sliding is None:
+        return None
+    window = None if sliding == "upper" and not json.get("use_sliding_window") else json.get("sliding_window")
+    first = json.need("max_window_layers") if sliding == "upper" and window is not None else 0
+    usual = []
+    for i in range(layers):
+        slides = i % 2 == 0 if sliding == "even" else window is not None and i >= first
+        usual.append("sliding_attention" if slides else "full_attention")
+    if types is None:
+        types = usual
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
+        raise ValueError(f'layer_types: expected {layers} times "{known[0]}" or "{known[1]}", got {shown(types)}')
+    if sliding == "all" and types != usual:
+        raise ValueError(f"layer_types: {shown(types)} is not supported: sliding_window is of all layers or of none")
     if window is None and "sliding_attention" in types:
-        raise ValueError('layer_types has "sliding_attention", but there is no sliding_window')
+        raise ValueError('layer_types: has "sliding_attention", but there is no sliding_window')
     windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     return windows if any(w is not None for w in windows) else None
 
 
-def _read_rope(get: Callable, model_type: str) -> dict[str, Any]:
+def _read_rope(json: _Json) -> dict[str, Any]:
     """rope_theta, partial_rotary_factor and rope_scaling, from rope_parameters or the older keys."""
-    rope = get("rope_scaling") or get("rope_parameters") or {}
+    rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"the RoPE parameters must be an object, not {rope!r}")
+        raise ValueError(f"rope_parameters: expected an object, got {shown(rope)}")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("RoPE parameters of their own for each kind of layer are not supported")
-    rope = {key: value for key, value in rope.items() if value is not None}
+        raise ValueError("rope_parameters: one set for each kind of layer is not supported")
+    rope = {key: _checked(key, value, key) for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", get("partial_rotary_factor")) or 1.0
-    if model_type == "phi3":
+    partial = rope.get("partial_rotary_factor", json.get("partial_rotary_factor")) or 1.0
+    if json.d["model_type"] == "phi3":
         kind = "longrope" if kind in ("su", "yarn") else kind  # its older names
     elif partial != 1:
-        raise ValueError(f'partial_rotary_factor {partial} is not supported with model_type "{model_type}"')
-    original = get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    rope["original_max_position_embeddings"] = original = original or get("max_position_embeddings")
+        raise ValueError(f'partial_rotary_factor: {partial} is not supported with model_type "{json.d["model_type"]}"')
+    theta, longest = json.get("rope_theta"), json.need("max_position_embeddings")
+    original = json.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = original = original or longest
     if kind in ("yarn", "longrope"):
-        rope.setdefault("factor", get("max_position_embeddings") / original)
+        rope.setdefault("factor", longest / original)
     known = {key for keys in SCALINGS.get(kind, ()) for key in keys}
     scaling = {"rope_type": kind} | {key: value for key, value in rope.items() if key in known}
     return {
-        "rope_theta": float(rope.get("rope_theta") or get("rope_theta") or 10000.0),
+        "rope_theta": float(rope.get("rope_theta") or theta or 10000.0),
         "partial_rotary_factor": partial,
         "rope_scaling": None if kind == "default" else scaling,
     }
+
+
+def read_generation_config(directory: str | Path) -> dict[str, Any]:
+    """generation_config.json of a model's directory, by its own names: the tokens (eos_token_id as a tuple, of one or
+    many) and the numbers of sampling. Null fields and others are left out; {} where there is no such file.
+
+    Raises ValueError that names the file and the field for a value that cannot be.
+    """
+    path = Path(directory) / "generation_config.json"
+    given = read_json(path) if path.is_file() else {}
+    found = {field: given[field] for field in _GENERATION if given.get(field) is not None}
+    for field, value in found.items():
+        check(f"{path}: {field}", value, _GENERATION[field])
+    if "eos_token_id" in found:
+        eos = found["eos_token_id"]
+        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    return found
+
+
+# ---- out -------------------------------------------------------------------------------------------------------
 
 
 def config_to_dict(config: Config, dtype: Any = np.float32) -> dict[str, Any]:
@@ -200,79 +276,3 @@ def _write_windows(config: Config) -> dict[str, Any]:
     if config.architecture.sliding != "all":
         d["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
     return d
-
-
-def read_config_json(directory: Path) -> dict[str, Any]:
-    """config.json of a model's directory, by its own names: the sizes, numbers and switches that every decoder has are
-    such, or null or not there. What else it must say, and what is supported, is for config.py.
-
-    Raises FileNotFoundError, or ValueError that names the file and the field.
-    """
-    path = directory / "config.json"
-    config = read_json(path)
-    _check(config, _CONFIG, path)
-    return config
-
-
-def read_generation_config(directory: str | Path) -> dict[str, Any]:
-    """generation_config.json of a model's directory, by its own names: the tokens (eos_token_id as a tuple, of one or
-    many) and the numbers of sampling. Null fields and others are left out; {} where there is no such file.
-
-    Raises ValueError that names the file and the field for a value that cannot be.
-    """
-    path = Path(directory) / "generation_config.json"
-    given = read_json(path) if path.is_file() else {}
-    _check(given, _GENERATION, path)
-    found = {field: given[field] for field in _GENERATION if given.get(field) is not None}
-    if "eos_token_id" in found:
-        eos = found["eos_token_id"]
-        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,)
-    return found
-
-
-def _check(given: Mapping[str, Any], fields: Mapping[str, tuple[str, Callable[[Any], bool]]], path: Path) -> None:
-    for field, (expected, fits) in fields.items():
-        if given.get(field) is not None and not fits(given[field]):
-            raise ValueError(f"{path}: {field} must be {expected}, not {json.dumps(given[field])[:80]}")
-
-
-def _number(low: float, high: float, whole: bool = False) -> Callable[[Any], bool]:
-    return lambda value: type(value) in ((int,) if whole else (int, float)) and low <= value <= high
-
-
-def _tokens(value: Any) -> bool:
-    return all(type(token) is int and token >= 0 for token in (value if isinstance(value, list) else [value]))
-
-
-_SIZE = "a whole number of 1 to 2147483647", _number(1, 2**31 - 1, whole=True)
-
-
-_POSITIVE = "a number above 0", _number(1e-300, 1e300)
-
-
-_SWITCH = "true or false", lambda value: isinstance(value, bool)
-
-
-_TOKEN = "a token", lambda value: type(value) is int and value >= 0
-
-
-_CONFIG = {  # what each field must be, and whether a value is that
-    "model_type": ("text", lambda value: isinstance(value, str)),
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), _SIZE),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), _SIZE),
-    "num_hidden_layers": ("a whole number of 1 to 9999", _number(1, 9999, whole=True)),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), _POSITIVE),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _SWITCH),
-    "eos_token_id": ("a token or a list of tokens", _tokens),
-}
-
-
-_GENERATION = {
-    "eos_token_id": ("a token or a list of tokens", lambda value: value != [] and _tokens(value)),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
-    "do_sample": _SWITCH,
-    **dict.fromkeys(("temperature", "repetition_penalty"), ("a number of 0 or more", _number(0, 1e300))),
-    **dict.fromkeys(("top_p", "min_p"), ("a number from 0 to 1", _number(0, 1))),
-    "top_k": ("a whole number of 0 or more", _number(0, 2**63, whole=True)),
-    "max_new_tokens": _SIZE,
-}

@@ -7,16 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .model_files import COMPANIONS, INDEX
 from .reading import PICKLED, UNPICKLE
 
 BUNDLED = Path(__file__).parent.parent / "assets"  # the directory of the bundled base model
 
-# What is downloaded: what is read here, and never what is pickled. A directory inside holds another format's copy.
-FILES = [
-    "config.json", "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "model*.safetensors", "model.safetensors.index.json",
-]  # fmt: skip
+# What is downloaded: what is read here and what goes along with a model, and never what is pickled. A directory inside
+# holds another format's copy.
+FILES = ["config.json", *COMPANIONS, "model*.safetensors", INDEX]
 NOT_FILES = ["*/*", *(f"*{suffix}" for suffix in PICKLED)]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 

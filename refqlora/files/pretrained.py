@@ -15,8 +15,8 @@ from ..config import Config, check_shapes
 from ..lora import Weight
 from ..quantization import QuantizedTensor
 from ..quantization import quantize as to_4_bits  # `quantize` is an option's name here
-from . import bnb, model_files, shards
-from .config_json import config_from_dict, config_to_dict, read_config_json, read_generation_config
+from . import bnb, model_files
+from .config_json import config_to_dict, read_config, read_generation_config
 from .hub import model_directory
 from .writing import together, write_json
 
@@ -30,8 +30,7 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     if quantize not in (None, *CODEBOOKS):
         raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
     path = model_directory(model)
-    d, where = read_config_json(path), str(path / "config.json")
-    config = config_from_dict(d, where)
+    (config, d), where = read_config(path), str(path / "config.json")
     if eos := read_generation_config(path).get("eos_token_id"):
         config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
     stored = bnb.quantization_config(d, where)
@@ -69,15 +68,35 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     return config, {name: params[name] for name in shapes}
 
 
-def save(path: str | Path, config: Config, params: Mapping[str, Weight], dtype: Any, max_shard_size: int | str) -> None:
-    """Write config.json and the weights, as `Model.save_pretrained` describes it."""
+def save(
+    path: str | Path,
+    config: Config,
+    params: Mapping[str, Weight],
+    dtype: Any,
+    max_shard_size: int | str = model_files.SHARD,
+    base: Path | None = None,
+) -> None:
+    """Write config.json and the weights, as `Model.save_pretrained` describes it.
+
+    base: the directory of the model that this one was made from, of the same shapes. Its tokenizer and other companions
+    (`model_files.COMPANIONS`) are copied, and its config.json is written with nothing changed but the dtype and the
+    quantization_config.
+    """
     path = Path(path)
-    shard_bytes = shards.parse_size(max_shard_size)
-    d = config_to_dict(config, dtype) | bnb.config_of(params, config.linears(), dtype)
+    shard_bytes = model_files.parse_size(max_shard_size)
+    quantization = bnb.config_of(params, config.linears(), dtype)
+    if base is None:
+        d = config_to_dict(config, dtype)
+    else:
+        d = read_config(base)[1]
+        d.pop("quantization_config", None)
+        d |= dict.fromkeys(d.keys() & {"dtype", "torch_dtype"} or {"dtype"}, np.dtype(dtype).name)
     tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)
     with together(path, last="config.json", instead_of=model_files.WEIGHT_FILES) as new:
-        shards.write_model(new, tensors, shard_bytes)
-        write_json(new / "config.json", d)
+        if base is not None:
+            model_files.copy_companions(base, new)
+        model_files.write_model(new, tensors, shard_bytes)
+        write_json(new / "config.json", d | quantization)
 
 
 def _check(found: Mapping[str, Any], expected: dict[str, tuple[int, ...]], tied: bool, path: Path) -> None:

@@ -1,8 +1,4 @@
-"""Files, whole or not at all: JSON and safetensors, read strictly and written atomically.
-
-Nothing is ever unpickled. A file is written under a temporary name and renamed, so that a killed run leaves the old
-file or the new one and never half of one.
-"""
+"""JSON and safetensors files, read strictly: what does not fit the format is refused, and nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -21,8 +17,8 @@ _TYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-DTYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}  # by their names in a safetensors file
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORED_DTYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}  # by their names in a safetensors file
+STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 UNPICKLE = (
@@ -30,12 +26,6 @@ UNPICKLE = (
     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
 )
 FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))  # what a weight may be
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,11 +112,11 @@ def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry],
             numbers = fields[field] if isinstance(fields[field], list) else [None]
             if len(numbers) > 32 or not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(f"{name} has {field} {json.dumps(fields[field])[:80]}")
-        if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
-            raise _UnknownDtype(f"{name} is {fields['dtype']}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(fields["dtype"], str) or fields["dtype"] not in STORED_DTYPES:
+            raise _UnknownDtype(f"{name} is {fields['dtype']}, expected one of {', '.join(STORED_DTYPES)}")
     entries, at = {}, 0
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[fields["dtype"]], tuple(fields["shape"])
+        dtype, shape = STORED_DTYPES[fields["dtype"]], tuple(fields["shape"])
         stop = at + math.prod(shape) * dtype.itemsize
         if fields["data_offsets"] != [at, stop]:
             found = f"{fields['data_offsets']} instead of {[at, stop]}"
@@ -179,3 +169,39 @@ def read_weights(path: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tu
     """`read_tensors` of a file that others made, by the rules of `read_weights_header`."""
     for name, entry in read_weights_header(path, dtypes).items():
         yield name, read_tensor(path, entry)
+
+
+class Mapped(NamedTuple):
+    """The file that holds a tensor, and where in it."""
+
+    path: Path
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> str:
+        """Its name in the file's header, such as "BF16"."""
+        return STORED_NAMES[self.entry.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+    @property
+    def array(self) -> np.ndarray:
+        """The tensor, mapped and not writeable."""
+        data = np.memmap(self.path, np.uint8, mode="r")
+        return np.ndarray(self.shape, self.entry.dtype, data, self.entry.start)
+
+    def read(self) -> np.ndarray:
+        """A copy, for whoever goes through it all: pages of a map count as the process's own while it is open."""
+        return read_tensor(self.path, self.entry)
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Mapped], dict[str, str]]:
+    """The tensors of a safetensors file, in the order of their data, and its metadata."""
+    entries, metadata = read_header(path)
+    return {name: Mapped(Path(path), entry) for name, entry in entries.items()}, metadata

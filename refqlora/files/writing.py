@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .reading import NAMES
+from .reading import STORED_NAMES
 
 LOCK = ".refqlora.lock"
 _STAGING = ".refqlora-"  # followed by what tempfile adds
@@ -53,11 +53,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically: arrays of the dtypes in `reading.NAMES`, contiguous or not."""
+    """Write a safetensors file, atomically: arrays of the dtypes in `reading.STORED_NAMES`, contiguous or not."""
     path = Path(path)
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(str, NAMES))}, got {tensor.dtype}")
+        if tensor.dtype not in STORED_NAMES:
+            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(str, STORED_NAMES))}, got {tensor.dtype}")
     header, order = safetensors_header({name: (x.dtype, x.shape) for name, x in tensors.items()}, metadata or {})
     with together(path.parent) as new, naming(path), open(new / path.name, "wb") as file:
         file.write(header)
@@ -78,7 +78,7 @@ def safetensors_header(
     for name in order:
         dtype, shape = tensors[name]
         stop = start + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        header[name] = {"dtype": STORED_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -129,10 +129,9 @@ def together(directory: Path, last: str = "", instead_of: Sequence[str] = ()) ->
 
 def _put(staging: Path, directory: Path, names: list[str], last: str, instead_of: Sequence[str]) -> None:
     """The renames of `together`; begun again, it goes on with what is left in `staging`."""
-    for name in names:
-        if (staging / name).exists():
-            with naming(directory / name):
-                _sync(staging / name)
+    for path in staging.rglob("*"):
+        with naming(directory / path.relative_to(staging)):
+            _sync(path)
     if last in names[1:] and (staging / last).exists():
         (directory / last).unlink(missing_ok=True)
         _sync(directory)

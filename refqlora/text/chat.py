@@ -187,7 +187,7 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int 
         text, path = templates["default"]
         return ChatTemplate(text, _special_tokens(directory, config), eos if readable else "", str(path))
     if eos and not readable:
-        raise ValueError(f"{directory}: the tokenizer does not read {eos!r}, the end of a text, as one token")
+        raise ValueError(f"{directory}: the tokenizer does not read {eos[:40]!r}, the end of a text, as one token")
     sample = encode(tokenizer, "a")
     first = next(i for i, special in enumerate([*sample.special_tokens_mask, 0]) if not special)
     return ChatTemplate(PLAIN, {"beginning": "".join(sample.tokens[:first]), "eos_token": eos}, eos)

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 START, END = "\0generation\1", "\0endgeneration\1"
-MAX_SOURCE = 200_000  # characters of a template: the longest of well-known models have some 30,000
+MAX_SOURCE = 100_000  # characters of a template: the longest of well-known models have some 30,000
 MAX_SIZE = 10_000_000  # characters of any value, where an element counts as ten, and of all that a template writes
 MAX_BITS = 10_000  # of a whole number
 SECONDS = 10.0  # that a template may take

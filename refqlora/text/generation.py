@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checks import check, shown
 from ..files.config_json import read_generation_config
 from .prefix_cache import PrefixCache
-from .sampling import Sampling, whole_number
+from .sampling import WHOLE, Sampling
 from .tokenizer import decode, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..backend import Array
-    from ..config import Config
     from ..model import Model
 
 
@@ -48,9 +48,13 @@ def generate(
     room = model.config.max_positions - len(tokens)
     if room < 1:
         raise ValueError(f"the prompt's {len(tokens)} tokens fill the model's context of {model.config.max_positions}")
-    n = min(whole_number("max_new_tokens", max_new_tokens), room)
-    rng = np.random.default_rng(whole_number("seed", seed))
-    return _drawn(cache or PrefixCache(model), tokens, n, ends, Sampling(**sampling), rng)
+    check("max_new_tokens", max_new_tokens, WHOLE)
+    check("seed", seed, WHOLE)
+    cache = PrefixCache(model) if cache is None else cache
+    if not isinstance(cache, PrefixCache) or cache.model is not model:
+        raise ValueError(f"cache: expected a PrefixCache of this model, got {shown(cache)}")
+    rng = np.random.default_rng(int(seed))
+    return _drawn(cache, tokens, min(int(max_new_tokens), room), ends, Sampling(**sampling), rng)
 
 
 def _drawn(
@@ -65,12 +69,15 @@ def _drawn(
 
 
 def _token_ids(name: str, tokens: Any) -> list[int]:
-    if isinstance(tokens, str):
-        raise ValueError(f"{name}: expected token ids, got text {tokens[:40]!r} (complete takes text)")
     try:
-        return [whole_number(name, token) for token in tokens]
+        listed = list(tokens)
     except TypeError:
-        raise ValueError(f"{name}: expected token ids, got {tokens!r:.40}") from None
+        listed = None
+    if listed is None or isinstance(tokens, str):
+        raise ValueError(f"{name}: expected token ids, got {shown(tokens)}")
+    for token in listed:
+        check(name, token, WHOLE)
+    return [int(token) for token in listed]
 
 
 def _on_cpu(x: Array) -> np.ndarray:
@@ -102,8 +109,9 @@ def stream(
     `stop` ends at one.
     """
     tokenizer = tokenizer or model.tokenizer
-    if isinstance(stop_strings, str) or not all(isinstance(text, str) and text for text in stop_strings):
-        raise ValueError(f"stop_strings: expected a list of texts that are not empty, got {stop_strings!r:.60}")
+    listed = isinstance(stop_strings, list | tuple | set | frozenset)
+    if not listed or not all(isinstance(text, str) and text for text in stop_strings):
+        raise ValueError(f"stop_strings: expected a list of texts that are not empty, got {shown(stop_strings)}")
     tokens = encode(tokenizer, prompt).ids if isinstance(prompt, str) else prompt
     return until(_whole_characters(tokenizer, tokens, generate(model, tokens, **options)), stop_strings)
 
@@ -142,12 +150,6 @@ def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
         held = held[len(held) - waits :]
     if held:
         yield held
-
-
-def end_tokens(config: Config) -> tuple[int, ...]:
-    """The tokens that end a text: `config.eos_token_id` is one, or several, or None."""
-    eos = config.eos_token_id
-    return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
 
 def generation_options(directory: str | Path) -> dict[str, Any]:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+
+from ..checks import Rule, check
+
+
+def _number(expected: str, fits: Callable[[Any], bool]) -> Rule:
+    return Rule(expected, lambda x: isinstance(x, int | float | np.integer | np.floating) and bool(fits(x)))
+
+
+WHOLE = Rule("a whole number of 0 or more", lambda x: isinstance(x, int | np.integer) and bool(x >= 0))
+_RULES = {
+    "temperature": _number("a number of 0 or more", lambda x: 0 <= x <= sys.float_info.max),
+    "top_k": WHOLE,
+    "top_p": _number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": _number("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": _number("a number above 0", lambda x: 0 < x <= sys.float_info.max),
+}
 
 
 @dataclass(frozen=True)
@@ -31,16 +47,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        whole_number("top_k", self.top_k)
-        for name, expected, fits in (
-            ("temperature", "a number of 0 or more", lambda x: 0 <= x < float("inf")),
-            ("top_p", "a number above 0 and at most 1", lambda x: 0 < x <= 1),
-            ("min_p", "a number from 0 to 1", lambda x: 0 <= x <= 1),
-            ("repetition_penalty", "a number above 0", lambda x: 0 < x < float("inf")),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not fits(value):
-                raise ValueError(f"{name}: expected {expected}, got {value!r:.40}")
+        for name, rule in _RULES.items():
+            check(name, getattr(self, name), rule)
 
     def probabilities(self, logits: np.ndarray, seen: Collection[int] = ()) -> np.ndarray:
         """logits (V,), and the tokens of the text so far -> what the next token is drawn from, (V,) float64.
@@ -81,13 +89,6 @@ class Sampling:
         """One token, drawn from `probabilities`. A greedy one takes nothing from `rng`."""
         p = self.probabilities(logits, seen)
         return int(p.argmax() if self.temperature == 0 else rng.choice(len(p), p=p))
-
-
-def whole_number(name: str, value: Any) -> int:
-    """`value` as an int; ValueError that names it unless it is a whole number of 0 or more."""
-    if not isinstance(value, Integral) or value < 0:
-        raise ValueError(f"{name}: expected a whole number of 0 or more, got {value!r:.40}")
-    return int(value)
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

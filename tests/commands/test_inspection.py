@@ -126,10 +126,7 @@ def test_a_model_in_4_bits(quantized):
 
 def test_shards(saved):
     whole = inspect(saved)["model"]
-    from refqlora.files import shards
-
-    tensors = dict(read_tensors(saved / "model.safetensors"))
-    shards.write_model(saved, tensors.items(), 30_000)
+    rq.Model.from_pretrained(saved).save_pretrained(saved, max_shard_size=30_000)
     found = inspect(saved)["model"]
     assert len(found["stored"]["files"]) > 2
     assert {row["name"]: row for row in found["weights"]} == {row["name"]: row for row in whole["weights"]}

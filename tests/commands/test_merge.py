@@ -1,16 +1,17 @@
-"""Adapters merged into their base: what is written, how far it is from what was trained, whole or not at all."""
+"""Adapters merged into their base: what is written, how far it is from what was trained, and the place it goes to."""
 
 import json
 import re
+import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from spoil import change_json, change_tensors
 
 import refqlora as rq
 from refqlora import commands as cli
-from refqlora.adapters import linear_of
 from refqlora.commands import merge
 from refqlora.commands.merge import merge_model
 from refqlora.files import reading as files
@@ -136,26 +137,22 @@ def test_several_adapters_add_up(base, tmp_path):
         np.testing.assert_allclose(merged.params[linear + ".weight"], expected, atol=1e-6)
 
 
-def test_back_into_4_bits(base, tmp_path, monkeypatch):
-    """Every linear is requantised; until a quantised model can be saved, that is refused and nothing is left."""
+def test_back_into_4_bits(base, tmp_path):
+    """Every linear is requantised, those without an adapter too."""
     adapter = trained(base, tmp_path / "a", targets=("q_proj",))
-    saved = []
-    monkeypatch.setattr(rq.Model, "save_pretrained", lambda self, path, **options: saved.append((self, options)))
-    assert merge_model(base, [adapter], tmp_path / "out", into="nf4")["dtype"] == "nf4"
-    ((model, options),) = saved
-    assert options == {}
-    expected = with_adapter(base, adapter, nf4=True)
-    active = expected.adapters[expected.active]
-    for linear in model.config.linears():
-        q, learnt = model.params[linear + ".weight"], linear_of(expected.params, active, linear)
-        wanted = rq.dequantize(learnt[0]) if learnt[1] is None else rq.merge(*learnt)
-        np.testing.assert_array_equal(q.packed, rq.quantize(wanted).packed)
+    facts = merge_model(base, [adapter], tmp_path / "out", into="nf4", dtype="bfloat16")
+    assert (facts["into"], facts["dtype"]) == ("nf4", "bfloat16")
+    merged, expected = rq.Model.from_pretrained(tmp_path / "out"), with_adapter(base, adapter, nf4=True)
+    for linear in merged.config.linears():
+        weight, lora = expected.params[linear + ".weight"], expected.adapters["0"].lora(linear)
+        wanted = rq.dequantize(weight) if lora is None else rq.merge(weight, lora)
+        np.testing.assert_array_equal(merged.params[linear + ".weight"].packed, rq.quantize(wanted).packed)
 
 
-def test_whole_or_not_at_all(base, tmp_path, monkeypatch):
+def test_an_error_leaves_nothing(base, tmp_path, monkeypatch):
     adapter = trained(base, tmp_path / "a")
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(merge.shutil, "copyfile", lambda *args: 1 / 0)
+    monkeypatch.setattr(merge.pretrained, "save", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge_model(base, [adapter], tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "out"}
@@ -163,6 +160,56 @@ def test_whole_or_not_at_all(base, tmp_path, monkeypatch):
     monkeypatch.undo()
     merge_model(base, [adapter], tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_is_not_changed_stays(base, tmp_path):
+    """In config.json, and of the files beside it what describes the tokenizer, not these weights."""
+    copy = shutil.copytree(base, tmp_path / "base")
+    change_json(copy / "config.json", use_cache=False, unk_token_id=3, initializer_range=0.5, torch_dtype=...)
+    (copy / "README.md").write_text("about the base")
+    (copy / "loss.png").touch()
+    merge_model(copy, [trained(base, tmp_path / "a")], tmp_path / "out", dtype="float16")
+    before, after = (json.loads((d / "config.json").read_text()) for d in (copy, tmp_path / "out"))
+    assert after == before | {"dtype": "float16"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+
+
+def test_the_place_is_checked_before_the_work(base, tmp_path, monkeypatch):
+    adapter = trained(base, tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(merge.Model, "from_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(ValueError, match="link: expected a new or empty directory, got a link to nothing"):
+        merge_model(base, [adapter], tmp_path / "link")
+    monkeypatch.undo()
+    (tmp_path / "nowhere").mkdir()
+    merge_model(base, [adapter], tmp_path / "link")
+    assert (tmp_path / "nowhere" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.embed_tokens", "model.layers.1.mlp.up_proj"])
+def test_what_a_dtype_does_not_hold_is_named(name, base, tmp_path):
+    name += ".weight"
+    copy = shutil.copytree(base, tmp_path / "base")
+    value = dict(files.read_tensors(copy / "model.safetensors"))[name]
+    value.flat[3] = 1e6
+    change_tensors(copy / "model.safetensors", {name: value})
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected numbers that float16 holds, got 1e\+06"):
+        merge_model(copy, [trained(base, tmp_path / "a")], tmp_path / "out", dtype="float16", trained_on_nf4=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_at_fault_is_named(base, tmp_path):
+    good, bad = trained(base, tmp_path / "good"), trained(base, tmp_path / "bad", seed=1)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight".format
+    huge = {name("A"): np.full((4, 40), 1e30, np.float32), name("B"): np.full((56, 4), 1e30, np.float32)}
+    change_tensors(bad / "adapter_model.safetensors", huge)
+    with pytest.raises(ValueError, match=rf"^{bad}: model\.layers\.1\.mlp\.up_proj: W \+ s B A is not finite"):
+        merge_model(base, [good, bad], tmp_path / "out")
+    change_tensors(bad / "adapter_model.safetensors", {name("A"): np.full((4, 40), np.nan, np.float32)})
+    with pytest.raises(ValueError, match=rf"^{bad}: \S+\.up_proj\.lora_A\.weight: expected finite numbers, got nan"):
+        merge_model(base, [good, bad], tmp_path / "out")
+    merge_model(base, [good, good], tmp_path / "out")  # twice the change
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -177,7 +224,12 @@ def test_the_command(base, tmp_path, capsys):
         assert re.search(rf"│ {kind} +│ +0\.0\d+ │ +[\d.]+ │ +[\d.e-]+ │ +[\d.]+ │", printed), kind
     assert "those trained (the NF4 base with the adapter), as a multiple of the adapter's own change" in printed
     assert "Warning: 4 bits again lose the adapter" in printed
+    assert "Use the merged model with --no-quantize." in printed
     assert f"wrote {tmp_path / 'out'}/: merged into the dequantised base, float32" in printed.replace("\n", "")
+    use = f"refqlora generate --model {tmp_path / 'out'} --no-quantize --prompt TEXT"
+    assert printed.endswith(f"try it: {use}\n")
+    assert cli.main([*use.split()[1:], "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
     assert cli.main([*argv, str(tmp_path / "json"), "--no-quantize", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["into"], facts["trained_on_nf4"]) == ("original", False)
@@ -195,8 +247,7 @@ def test_what_it_refuses(base, tmp_path, capsys):
         f"--adapter {adapter} --out {tmp_path / 'full'}": "full: expected a new or empty directory, got",
         f"--adapter {adapter} --out {base}": "expected a new or empty directory, got",
         f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
-        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": r"proj\.weight: merged, it is beyond what float16",
-        f"--adapter {adapter} --out {tmp_path / 'o'} --nf4 --dtype float16": "does not go with nf4",
+        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": "expected numbers that float16 holds, got",
         f"--adapter {idle} --out {tmp_path / 'o'}": "nothing to merge: the adapters change no weight",
     }
     for argv, message in cases.items():

@@ -16,7 +16,7 @@ import refqlora as rq
 from refqlora.codebooks import CODEBOOKS
 from refqlora.commands import main
 from refqlora.commands.quantize import quantize_files
-from refqlora.files import shards
+from refqlora.files import model_files
 from refqlora.files.reading import read_json, read_tensors
 from refqlora.files.writing import write_json, write_tensors
 
@@ -51,7 +51,7 @@ def test_it_writes_what_the_model_would(options, saved, tmp_path):
     for name, x in expected.items():
         assert (found[name].dtype, found[name].shape, found[name].tobytes()) == (x.dtype, x.shape, x.tobytes())
     assert read_json(tmp_path / "out/config.json") == read_json(tmp_path / "expected/config.json")
-    assert (tmp_path / "out" / shards.INDEX).exists() == (shard_bytes is not None)
+    assert (tmp_path / "out" / model_files.INDEX).exists() == (shard_bytes is not None)
     tokens = np.arange(22).reshape(2, 11)
     again = rq.Model.from_pretrained(tmp_path / "out")
     np.testing.assert_array_equal(again.forward(tokens)[0], model.forward(tokens)[0])

@@ -100,34 +100,34 @@ def test_a_missing_field_is_named_with_the_file(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, 'model_type "bert" is not supported; supported: "llama", "mistral", "qwen2"'),
-        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported'),
+        ({"model_type": "bert"}, 'model_type: \'bert\' is not supported; supported: "llama", "mistral", "qwen2"'),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'type "llama3" has no "low_freq_factor"'),
         (
             {"rope_scaling": {"type": "mrope", "factor": 2}},
-            'RoPE of type "mrope" is not supported; supported: "default"',
+            "rope_type: expected one of .*, got 'mrope'",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, 'type "linear" has no "factor"'),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for each kind of layer"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
-        ({"rope_scaling": "linear"}, "must be an object, not 'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set for each kind of layer"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ({"rope_scaling": "linear"}, "rope_parameters: expected an object, got 'linear'"),
         ({"rope_theta": "much"}, "much"),
-        ({"rope_theta": -1.0}, "rope_theta must be a positive number, not -1.0"),
-        ({"vocab_size": 0}, "vocab_size must be a whole number of 1 or more, not 0"),
-        ({"hidden_size": 24.0}, "hidden_size must be a whole number of 1 or more, not 24.0"),
-        ({"num_hidden_layers": True}, "layers must be a whole number of 1 or more, not True"),
-        ({"num_key_value_heads": "2"}, "kv_heads must be a whole number of 1 or more, not '2'"),
+        ({"rope_theta": -1.0}, r"rope_theta: expected a number from 1e-30 to 1e\+30, got -1.0"),
+        ({"vocab_size": 0}, "vocab_size: expected a whole number from 1 to 2147483647, got 0"),
+        ({"hidden_size": 24.0}, "hidden_size: expected a whole number from 1 to 2147483647, got 24.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected a whole number from 1 to 9999, got True"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads: expected a whole number from 1 to 2147483647, got '2'"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads evenly"),
-        ({"num_attention_heads": "4"}, "unsupported operand"),
-        ({"num_attention_heads": 0}, "zero"),
-        ({"head_dim": 7}, "head_dim must be even for RoPE, not 7"),
-        ({"head_dim": 0}, "head_dim must be a whole number of 1 or more, not 0"),
-        ({"max_position_embeddings": "long"}, "max_positions must be a whole number"),
-        ({"rms_norm_eps": None}, "eps must be a positive number, not None"),
-        ({"rms_norm_eps": "1e-5"}, "eps must be a positive number, not '1e-5'"),
-        ({"rms_norm_eps": float("nan")}, "eps must be a positive number, not nan"),
-        ({"tie_word_embeddings": "false"}, "tied must be true or false, not 'false'"),
-        ({"attention_bias": 1}, "attention_bias must be true or false, not 1"),
+        ({"num_attention_heads": "4"}, "num_attention_heads: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a whole number"),
+        ({"head_dim": 7}, "head_dim: expected an even number for RoPE, got 7"),
+        ({"head_dim": 0}, "head_dim: expected a whole number from 1 to 65536, got 0"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings: expected a whole number"),
+        ({"rms_norm_eps": None}, 'has no "rms_norm_eps"'),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number from .*, got '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number from .*, got nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),
+        ({"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_file(change, message):
@@ -173,3 +173,38 @@ def test_linears_are_those_of_the_layers():
     assert linears[0] == "model.layers.0.self_attn.q_proj"
     assert linears[-1] == "model.layers.1.mlp.down_proj"
     assert not any("lm_head" in name or "embed" in name for name in linears)
+
+
+def test_the_tokens_that_end_a_text():
+    sizes = (11, 10, 13, 2, 8, 2, 6)
+    assert [Config(*sizes, eos_token_id=eos).ends for eos in (None, 3, (3,), (3, 5))] == [(), (3,), (3,), (3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 10**6}, "layers: expected a whole number from 1 to 9999, got 1000000"),
+        ({"heads": True}, "heads: expected a whole number from 1 to 2147483647, got True"),
+        ({"rope_theta": 10**400}, "rope_theta: expected a number from 1e-30 to 1e+30, got 1" + "0" * 56 + "..."),
+        ({"eps": 10**9999}, "eps: expected a number from 1e-30 to 1e+30, got int too large to show"),
+        ({"eos_token_id": ()}, "eos_token_id: expected a token or a list of tokens, got ()"),
+        ({"pad_token_id": "x"}, "pad_token_id: expected a whole number from -2147483648 to 2147483647, got 'x'"),
+        ({"rope_scaling": [1]}, 'rope_type: expected one of "default", '),
+        (
+            {"rope_theta": 1e30, "rope_scaling": {"rope_type": "linear", "factor": 1e-9}, "max_positions": 2**31 - 1},
+            None,
+        ),
+        (
+            {"rope_theta": 1e-30, "rope_scaling": {"rope_type": "linear", "factor": 1e-9}, "head_dim": 64},
+            "rope_scaling: expected finite frequencies, but they are not with {'rope_theta': 1e-30, 'rope_type'",
+        ),
+    ],
+)
+def test_a_config_made_by_hand_is_checked(change, message):
+    fields = {"vocab_size": 11, "hidden_size": 10, "intermediate_size": 13, "layers": 2, "heads": 8, "kv_heads": 2}
+    if message is None:
+        Config(**{**fields, "head_dim": 6, **change})
+    else:
+        with pytest.raises(ValueError, match="expected") as error:
+            Config(**{**fields, "head_dim": 6, **change})
+        assert str(error.value).startswith(message)

@@ -1,5 +1,7 @@
 """Which linears an adapter sits on, with which rank and scale, and what a config refuses."""
 
+import re
+
 import numpy as np
 import pytest
 from gradcheck import tiny_config
@@ -44,13 +46,13 @@ def test_targets(targets, expected):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("q_proj", "query"), f"target query matches no linear; there are: {', '.join(sorted(KINDS))}"),
-        (("_proj",), "target _proj matches no linear"),  # a suffix begins after a dot
-        (("proj",), "target proj matches no linear"),
-        (("lm_head",), "target lm_head matches no linear"),
-        ((), r"target \(\) matches no linear"),
-        (r".*\.q", "a regular expression for the whole name, matches no linear"),
-        ("q_proj", "target 'q_proj', a regular expression for the whole name, matches no linear"),
+        (("query",), f"targets: expected one of {', '.join(sorted(KINDS))}, got 'query'"),
+        (("_proj",), "targets: expected one of .*, got '_proj'"),  # a suffix begins after a dot
+        (("proj",), "targets: expected one of .*, got 'proj'"),
+        (("lm_head",), "targets: expected one of .*, got 'lm_head'"),
+        ((), "targets: expected one of .*, got none"),
+        (r".*\.q", r"targets: expected a pattern for names that end in .*, got '\.\*\\\\\.q'"),
+        ("q_proj", "targets: expected a pattern for names that end in .*, got 'q_proj'"),
     ],
 )
 def test_targets_that_match_nothing(targets, message):
@@ -67,17 +69,23 @@ def test_a_list_is_the_regular_expression_of_its_alternatives(kinds):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number of 1 or more, not 0"),
-        ({"rank": 2.0}, "rank .* not 2.0"),
-        ({"rank": True}, "rank .* not True"),
-        ({"alpha": 0}, "alpha must be a positive number, not 0"),
-        ({"alpha": float("nan")}, "alpha .* not nan"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
-        ({"dropout": -0.1}, "dropout .* not -0.1"),
-        ({"dropout": float("nan")}, "dropout .* not nan"),
-        ({"rslora": "yes"}, "rslora must be true or false, not 'yes'"),
-        ({"targets": "*_proj"}, r"target '\*_proj' is no regular expression"),
-        ({"targets": ("q_proj", 3)}, "targets must be a string or names"),
+        ({"rank": 0}, "rank: expected a whole number from 1 to 2147483647, got 0"),
+        ({"rank": 2.0}, "rank: .* got 2.0"),
+        ({"rank": True}, "rank: .* got True"),
+        ({"rank": 10**400}, r"rank: .* got 10+\.\.\.$"),
+        ({"alpha": -1}, "alpha: expected a number from 0 to 1e\\+09, got -1"),
+        ({"alpha": 1e300}, "alpha: .* got 1e\\+300"),
+        ({"alpha": 10**400}, r"alpha: .* got 10+\.\.\.$"),
+        ({"alpha": float("nan")}, "alpha: .* got nan"),
+        ({"alpha": True}, "alpha: .* got True"),
+        ({"dropout": 1.0}, "dropout: expected a number from 0 to below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout: .* got -0.1"),
+        ({"dropout": float("nan")}, "dropout: .* got nan"),
+        ({"rslora": "yes"}, "rslora: expected true or false, got 'yes'"),
+        ({"targets": "*_proj"}, r"targets: '\*_proj' is not a regular expression"),
+        ({"targets": ("q_proj", 3)}, "targets: expected names, or one regular expression, got"),
+        ({"targets": ("q_proj",) * 10_001}, "targets: expected at most 10000 names, got 10001"),
+        ({"rank_pattern": {str(i): 1 for i in range(10_001)}}, "rank_pattern: expected at most 10000 keys, got 10001"),
     ],
 )
 def test_unusable_configs(options, message):
@@ -106,7 +114,7 @@ def test_unusable_configs(options, message):
 def test_exclusions_and_layers(options, expected):
     config = LoraConfig(**options)
     if expected is None:
-        with pytest.raises(ValueError, match=r"no linear is left|there is no layer"):
+        with pytest.raises(ValueError, match=r"exclude and layers leave no linear|layers: expected numbers"):
             config.matches(LINEARS)
     else:
         assert config.matches(LINEARS) == expected
@@ -130,31 +138,36 @@ def test_patterns_take_the_first_key_that_fits():
     assert config.scale == 2
     rslora = LoraConfig(rank=8, alpha=16, rslora=True, rank_pattern={"q_proj": 4})
     assert rslora.scale_of(layer(0, "self_attn.q_proj")) == 8
-    with pytest.raises(ValueError, match=r'rank_pattern: "\^mlp\.up_proj" matches no linear that has an adapter'):
-        config.matches(LINEARS)
-    with pytest.raises(ValueError, match='alpha_pattern: "k_proj" matches no linear'):
-        LoraConfig(targets=("q_proj",), alpha_pattern={"k_proj": 2}).matches(LINEARS)
+    idle = "{}: expected names of linears that have an adapter, got {!r}".format
+    assert config.idle(LINEARS) == [idle("rank_pattern", "^mlp.up_proj"), idle("alpha_pattern", "_proj")]
+    config = LoraConfig(targets=("q_proj",), alpha_pattern={"k_proj": 2})
+    assert config.idle(LINEARS) == [idle("alpha_pattern", "k_proj")]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dora": 1}, "dora must be true or false, not 1"),
-        ({"init": "svd"}, "init must be one of default, gaussian, pissa, olora or pissa_niter_N, not 'svd'"),
-        ({"init": "pissa_niter_"}, "init must be"),
-        ({"init": None}, "init must be"),
-        ({"exclude": "*"}, r"exclude '\*' is no regular expression"),
-        ({"exclude": [1]}, "excludes must be a string or names"),
-        ({"layers": "1"}, "layers must be numbers of layers, not '1'"),
-        ({"layers": ()}, "layers must be numbers"),
-        ({"layers": [-1]}, "layers must be numbers"),
-        ({"layers": [0], "targets": ".*"}, "layers do not go with a regular expression"),
-        ({"layers_pattern": "layers"}, "layers_pattern needs layers"),
-        ({"rank_pattern": {"q_proj": 0}}, 'rank_pattern of "q_proj" must be a whole number of 1 or more, not 0'),
-        ({"rank_pattern": {"q_proj": 2.5}}, 'rank_pattern of "q_proj"'),
-        ({"alpha_pattern": {"q_proj": -1}}, 'alpha_pattern of "q_proj" must be a positive number'),
-        ({"alpha_pattern": {"q_proj(": 1}}, r"alpha_pattern 'q_proj\(' is no regular expression"),
-        ({"rank_pattern": ["q_proj"]}, "rank_pattern must map names"),
+        ({"dora": 1}, "dora: expected true or false, got 1"),
+        ({"init": "svd"}, "init: expected default, gaussian, pissa, olora or pissa_niter_0 to 999, got 'svd'"),
+        ({"init": "pissa_niter_"}, "init: expected"),
+        ({"init": None}, "init: expected"),
+        ({"init": "pissa_niter_999999999"}, "init: expected"),
+        ({"exclude": "*"}, r"exclude: '\*' is not a regular expression"),
+        ({"exclude": [1]}, "exclude: expected names, or one regular expression"),
+        ({"layers": "1"}, "layers: expected numbers of layers, got '1'"),
+        ({"layers": ()}, "layers: expected numbers"),
+        ({"layers": [-1]}, "layers: expected numbers"),
+        ({"layers": [0], "targets": ".*"}, "layers: expected none with a regular expression as targets"),
+        ({"layers_pattern": "layers"}, "layers_pattern: expected with layers only"),
+        ({"layers": [0], "layers_pattern": "(a|a)*"}, 'layers_pattern: expected a name such as "layers"'),
+        (
+            {"rank_pattern": {"q_proj": 0}},
+            "rank_pattern of 'q_proj': expected a whole number .* got 0",
+        ),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern of 'q_proj': "),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern of 'q_proj': expected a number from 0"),
+        ({"alpha_pattern": {"q_proj(": 1}}, r"alpha_pattern: 'q_proj\(' is not a regular expression"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected regular expressions with a value each"),
     ],
 )
 def test_unusable_options(options, message):
@@ -162,9 +175,27 @@ def test_unusable_options(options, message):
         LoraConfig(**options)
 
 
-def test_an_exclusion_that_excludes_nothing_is_a_mistake():
-    with pytest.raises(ValueError, match="exclude o_prj matches no linear; there are: down_proj"):
-        LoraConfig(exclude=("o_prj",)).matches(LINEARS)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"exclude": ("lm_head", "embed_tokens")}, []),
+        ({"exclude": ("o_prj", "lm_head")}, [f"exclude: expected one of {', '.join(sorted(KINDS))}, got 'o_prj'"]),
+        ({"targets": ("q_proj", "query")}, [f"targets: expected one of {', '.join(sorted(KINDS))}, got 'query'"]),
+        ({"layers": (0, 7)}, ["layers: expected numbers among [0, 1], got 7"]),
+    ],
+)
+def test_what_matches_nothing_is_named(options, expected):
+    config = LoraConfig(**options)
+    assert config.idle(LINEARS) == expected
+    assert config.matches(LINEARS)
+
+
+def test_as_many_patterns_as_linears_are_matched_at_once():
+    """One key for each linear of a large model, as some writers have it."""
+    linears = [f"model.layers.{i}.{name}" for i in range(40) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    config = LoraConfig(rank_pattern={f"^{re.escape(name)}": i + 1 for i, name in enumerate(linears)})
+    assert [config.rank_of(name) for name in linears] == list(range(1, 81))
 
 
 def test_all_linear_is_read_in_any_case():

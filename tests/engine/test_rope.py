@@ -152,15 +152,19 @@ def test_what_is_right_passes_and_every_required_parameter_is_missed(kind):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("mrope", {}, 'type "mrope" is not supported; supported: "default", "linear", "dynamic", "llama3", "yarn"'),
-        ("linear", {"factor": 0}, '"factor" must be a positive number, not 0'),
-        ("linear", {"factor": "2"}, "must be a positive number, not '2'"),
-        ("yarn", {"beta_fast": [1]}, '"beta_fast" must be a positive number'),
-        ("yarn", {"attention_factor": math.inf}, '"attention_factor" must be a positive number, not inf'),
-        ("llama3", {"low_freq_factor": 4.0}, '"high_freq_factor" must be above its "low_freq_factor"'),
-        ("longrope", {"long_factor": [1.0, 2.0]}, '"long_factor" must be 3 positive numbers'),
-        ("longrope", {"short_factor": 2.0}, '"short_factor" must be 3 positive numbers, not 2.0'),
-        ("longrope", {"short_factor": [1.0, 2.0, -1.0]}, '"short_factor" must be 3 positive numbers'),
+        (
+            "mrope",
+            {},
+            'rope_type: expected one of "default", "linear", "dynamic", "llama3", .*, got .mrope.',
+        ),
+        ("linear", {"factor": 0}, r"^factor: expected a number from 1e-09 to 1e\+09, got 0"),
+        ("linear", {"factor": "2"}, "^factor: expected a number from .*, got '2'"),
+        ("yarn", {"beta_fast": [1]}, r"^beta_fast: expected a number from .*, got \[1\]"),
+        ("yarn", {"attention_factor": math.inf}, "^attention_factor: expected a number from .*, got inf"),
+        ("llama3", {"low_freq_factor": 4.0}, "^high_freq_factor: expected a number above low_freq_factor"),
+        ("longrope", {"long_factor": [1.0, 2.0]}, r"^long_factor: expected a list of 3, each .*, got \[1.0, 2.0\]"),
+        ("longrope", {"short_factor": 2.0}, "^short_factor: expected a list of 3, each a number from .*, got 2.0"),
+        ("longrope", {"short_factor": [1.0, 2.0, -1.0]}, "^short_factor: expected a list of 3, each"),
     ],
 )
 def test_what_is_wrong_is_named(kind, change, message):

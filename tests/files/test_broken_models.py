@@ -143,6 +143,8 @@ def more_tokens(d):
     value.save(str(d / "tokenizer.json"))
 
 
+GEMMA = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+
 FAULTS = {
     # what is wrong: how it is made, what the line names and says
     "an empty directory": (lambda d: [f.unlink() for f in d.iterdir()], ["model/config.json: no such file"]),
@@ -159,33 +161,54 @@ FAULTS = {
         f"{field} not there": (fields(**{field: ...}), [f'model/config.json: has no "{field}"'])
         for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     },
-    "an unknown architecture": (fields(model_type="mamba"), ['model/config.json: model_type "mamba" is not supported; supported: "llama"']),
-    "model_type a number": (fields(model_type=3), ["model/config.json: model_type must be text, not 3"]),
-    "an unknown activation": (fields(hidden_act="relu"), ['model/config.json: hidden_act "relu" is not supported; supported: "silu"']),
+    "an unknown architecture": (fields(model_type="mamba"), ["model/config.json: model_type: 'mamba' is not supported; supported: \"llama\""]),
+    "model_type a number": (fields(model_type=3), ["model/config.json: model_type: expected text, got 3"]),
+    "an unknown activation": (fields(hidden_act="relu"), ["model/config.json: hidden_act: 'relu' is not supported; supported: \"silu\""]),
     "an unknown RoPE": (fields(rope_parameters={"rope_type": "spiral"}), ["model/config.json: ", "spiral"]),
-    "RoPE parameters a list": (fields(rope_parameters=[1]), ["model/config.json: the RoPE parameters must be an object"]),
+    "RoPE parameters a list": (fields(rope_parameters=[1]), ["model/config.json: rope_parameters: expected an object, got [1]"]),
     "quantised already, gptq": (fields(quantization_config={"quant_method": "gptq", "bits": 4}), ["model/config.json: ", "quanti"]),
     "quantised already, awq": (fields(quantization_config={"quant_method": "awq", "bits": 4}), ["model/config.json: ", "quanti"]),
-    "vocab_size text": (fields(vocab_size="300"), ['model/config.json: vocab_size must be a whole number of 1 to 2147483647, not "300"']),
-    "vocab_size negative": (fields(vocab_size=-300), ["model/config.json: vocab_size must be a whole number of 1 to"]),
-    "vocab_size huge": (fields(vocab_size=10**30), ["model/config.json: vocab_size must be a whole number of 1 to"]),
-    "hidden_size a fraction": (fields(hidden_size=40.0), ["model/config.json: hidden_size must be a whole number of 1 to"]),
-    "intermediate_size true": (fields(intermediate_size=True), ["model/config.json: intermediate_size must be a whole"]),
-    "num_hidden_layers huge": (fields(num_hidden_layers=10**9), ["model/config.json: num_hidden_layers must be a whole number of 1 to 9999"]),
+    "vocab_size text": (fields(vocab_size="300"), ["model/config.json: vocab_size: expected a whole number from 1 to 2147483647, got '300'"]),
+    "vocab_size negative": (fields(vocab_size=-300), ["model/config.json: vocab_size: expected a whole number from 1 to"]),
+    "vocab_size huge": (fields(vocab_size=10**30), ["model/config.json: vocab_size: expected a whole number from 1 to"]),
+    "hidden_size a fraction": (fields(hidden_size=40.0), ["model/config.json: hidden_size: expected a whole number from 1 to"]),
+    "intermediate_size true": (fields(intermediate_size=True), ["model/config.json: intermediate_size: expected a whole"]),
+    "num_hidden_layers huge": (fields(num_hidden_layers=10**9), ["model/config.json: num_hidden_layers: expected a whole number from 1 to 9999"]),
     "num_hidden_layers many": (fields(num_hidden_layers=9999), ["model: model.layers.2.self_attn.q_proj.weight (48, 40) is missing"]),
-    "num_attention_heads zero": (fields(num_attention_heads=0), ["model/config.json: num_attention_heads must be a whole"]),
-    "num_attention_heads a list": (fields(num_attention_heads=[6]), ["model/config.json: num_attention_heads must be a whole"]),
+    "num_attention_heads zero": (fields(num_attention_heads=0), ["model/config.json: num_attention_heads: expected a whole"]),
+    "num_attention_heads a list": (fields(num_attention_heads=[6]), ["model/config.json: num_attention_heads: expected a whole"]),
     "num_key_value_heads uneven": (fields(num_key_value_heads=4), ["model/config.json: 6 query heads cannot share 4"]),
-    "head_dim odd": (fields(head_dim=7), ["model/config.json: head_dim must be even for RoPE, not 7"]),
-    "max_position_embeddings negative": (fields(max_position_embeddings=-1), ["model/config.json: max_position_embeddings must"]),
-    "rms_norm_eps zero": (fields(rms_norm_eps=0), ["model/config.json: rms_norm_eps must be a number above 0, not 0"]),
-    "rms_norm_eps NaN": (fields(rms_norm_eps=float("nan")), ["model/config.json: rms_norm_eps must be a number above 0"]),
-    "rope_theta huge": (fields(rope_theta=10**400), ["model/config.json: rope_theta must be a number above 0"]),
-    "tie_word_embeddings text": (fields(tie_word_embeddings="false"), ["model/config.json: tie_word_embeddings must be true or false"]),
-    "attention_bias a number": (fields(attention_bias=1), ["model/config.json: attention_bias must be true or false, not 1"]),
-    "eos_token_id text": (fields(eos_token_id="</s>"), ["model/config.json: eos_token_id must be a token or a list of tokens"]),
+    "head_dim odd": (fields(head_dim=7), ["model/config.json: head_dim: expected an even number for RoPE, got 7"]),
+    "max_position_embeddings negative": (fields(max_position_embeddings=-1), ["model/config.json: max_position_embeddings: expected"]),
+    "rms_norm_eps zero": (fields(rms_norm_eps=0), ["model/config.json: rms_norm_eps: expected a number from 1e-30 to 1e+30, got 0"]),
+    "rms_norm_eps NaN": (fields(rms_norm_eps=float("nan")), ["model/config.json: rms_norm_eps: expected a number from 1e-30 to 1e+30, got nan"]),
+    "rope_theta huge": (fields(rope_theta=10**400), ["model/config.json: rope_theta: expected a number from 1e-30 to 1e+30, got 1000"]),
+    **{
+        f"{field} an integer of 400 digits": (fields(**{field: 10**400}), [f"model/config.json: {field}: expected a number from", ", got 1000"])
+        for field in ("rms_norm_eps", "rope_theta")
+    },
+    **{
+        f"RoPE's {field} {name}": (
+            fields(rope_parameters={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, field: value}),
+            [f"model/config.json: {field}: expected a "],
+        )
+        for field in ("factor", "attention_factor", "rope_theta", "original_max_position_embeddings")
+        for name, value in {"huge": 10**400, "tiny": 1e-320, "text": "x", "a list": [1]}.items()
+    },
+    "RoPE's type a list": (fields(rope_parameters={"rope_type": [1]}), ["model/config.json: rope_type: expected text, got [1]"]),
+    "RoPE of infinite frequencies": (fields(rope_theta=1e-30, max_position_embeddings=2**31 - 1, rope_scaling={"rope_type": "linear", "factor": 1e-9}, rope_parameters=...), ["model/config.json: rope_scaling: expected finite frequencies, but they are not with {'rope_theta': 1e-30, 'rope_type'"]),
+    "YaRN of theta 1": (fields(rope_theta=1, rope_scaling={"rope_type": "yarn", "factor": 2.0}, rope_parameters=...), ["model/config.json: rope_scaling: expected finite"]),
+    "a softcap huge": (fields(**GEMMA, final_logit_softcapping=10**400), ["model/config.json: final_logit_softcapping: expected a number from 1e-30 to 1e+30, got 1000"]),
+    "head_dim huge": (fields(head_dim=2**40), ["model/config.json: head_dim: expected a whole number from 1 to 65536, got 1099511627776"]),
+    "hidden_size huge": (fields(hidden_size=2**31 - 1, num_attention_heads=1, head_dim=...), ["model/config.json: head_dim: expected a whole number from 1 to 65536"]),
+    "layer_types a list of lists": (fields(**GEMMA, layer_types=[[], {}]), ["model/config.json: layer_types: expected 2 times"]),
+    "pad_token_id text": (fields(pad_token_id="x"), ["model/config.json: pad_token_id: expected a whole number from"]),
+    "a long value": (fields(vocab_size="x" * 10**5), ["model/config.json: vocab_size: expected a whole number from 1 to 2147483647, got 'xxx", "xxx..."]),
+    "tie_word_embeddings text": (fields(tie_word_embeddings="false"), ["model/config.json: tie_word_embeddings: expected true or false, got 'false'"]),
+    "attention_bias a number": (fields(attention_bias=1), ["model/config.json: attention_bias: expected true or false, got 1"]),
+    "eos_token_id text": (fields(eos_token_id="</s>"), ["model/config.json: eos_token_id: expected a token or a list of tokens, got"]),
     "generation_config.json broken": (write("generation_config.json", "{"), ["model/generation_config.json: not valid JSON"]),
-    "generation_config.json, eos_token_id": (fields("generation_config.json", eos_token_id=[1, "2"]), ["model/generation_config.json: eos_token_id must be a token or a list of tokens"]),
+    "generation_config.json, eos_token_id": (fields("generation_config.json", eos_token_id=[1, "2"]), ["model/generation_config.json: eos_token_id: expected a token or a list of tokens, got"]),
     "no weights": (remove(WEIGHTS), ["model/model.safetensors: no such file"]),
     "weights pickled, .bin": (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), ["model/pytorch_model.bin: is pickled", "save_pretrained(OUT)"]),
     "weights pickled, .pth": (lambda d: (d / WEIGHTS).rename(d / "consolidated.00.pth"), ["model/consolidated.00.pth: is pickled"]),

@@ -317,7 +317,7 @@ def test_the_system_s_own_refusal_names_the_file(tmp_path):
     """A limit on the size of files stands in for a full disk: the writes themselves fail."""
     program = """
 import resource
-from refqlora.files import shards
+from refqlora.files import model_files
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 x = np.zeros(9999)
 for write in (
@@ -331,7 +331,7 @@ for write in (
         print(error)
 try:
     with writing.new_directory(out / "model") as new:
-        shards.write_model(new, [("a", x)])
+        model_files.write_model(new, [("a", x)])
 except OSError as error:
     print(error)
 """

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import refqlora as rq
 from refqlora.text import generation
-from refqlora.text.generation import complete, end_tokens, generate, generation_options, stream, until
+from refqlora.text.generation import complete, generate, generation_options, stream, until
 from refqlora.text.sampling import Sampling
 from refqlora.text.tokenizer import END_OF_TEXT
 
@@ -123,14 +123,15 @@ def test_it_ends_where_the_context_ends(model):
         ([300], {}, "300 is outside the vocabulary of 300"),
         ([-1], {}, "prompt: expected a whole number of 0 or more, got -1"),
         ([1.5], {}, "prompt: expected a whole number of 0 or more, got 1.5"),
-        ("sacks", {}, "prompt: expected token ids, got text 'sacks'"),
+        ("sacks", {}, "prompt: expected token ids, got 'sacks'"),
         (5, {}, "prompt: expected token ids, got 5"),
         (PROMPT, {"stop": 5}, "stop: expected token ids, got 5"),
         (PROMPT, {"stop": (None,)}, "stop: expected a whole number of 0 or more, got None"),
+        (PROMPT, {"cache": 1}, "cache: expected a PrefixCache of this model, got 1"),
         (PROMPT, {"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number of 0 or more, got 1.5"),
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens: expected a whole number of 0 or more, got -1"),
         (PROMPT, {"seed": 1.5}, "seed: expected a whole number of 0 or more, got 1.5"),
-        (PROMPT, {"seed": "x" * 1000}, "seed: expected a whole number of 0 or more, got '[x]{39}$"),
+        (PROMPT, {"seed": "x" * 1000}, "seed: expected a whole number of 0 or more, got 'x{56}\\.\\.\\.$"),
         (PROMPT, {"temperature": "x"}, "temperature: expected a number of 0 or more, got 'x'"),
         (PROMPT, {"temperature": -0.1}, "temperature: expected a number of 0 or more, got -0.1"),
         (PROMPT, {"temperature": float("nan")}, "temperature: expected a number of 0 or more, got nan"),
@@ -293,7 +294,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(model):
 
 
 def test_a_stop_string_of_nothing_is_refused(model):
-    for stops in (["a", ""], "a", [5]):
+    for stops in (["a", ""], "a", [5], 5, None):
         with pytest.raises(ValueError, match="stop_strings: expected a list of texts that are not empty"):
             stream(model, "The mill", tokenizer=tiny.tokenizer(), stop_strings=stops)
 
@@ -326,25 +327,20 @@ def test_the_model_s_own_options(content, expected, tmp_path):
     ("content", "message"),
     [
         ([], "expected a JSON object, found list"),
-        ({"eos_token_id": "</s>"}, 'eos_token_id must be a token or a list of tokens, not "</s>"'),
-        ({"eos_token_id": [1, None]}, r"eos_token_id must be a token or a list of tokens, not \[1, null\]"),
-        ({"do_sample": "yes"}, 'do_sample must be true or false, not "yes"'),
-        ({"temperature": True}, "temperature must be a number of 0 or more, not true"),
-        ({"do_sample": True, "temperature": -1}, "temperature must be a number of 0 or more, not -1"),
-        ({"top_k": 1.5}, "top_k must be a whole number"),
-        ({"top_p": "0.9"}, 'top_p must be a number from 0 to 1, not "0.9"'),
-        ({"top_p": 9}, "top_p must be a number from 0 to 1, not 9"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected a token or a list of tokens, got '</s>'"),
+        ({"eos_token_id": [1, None]}, r"eos_token_id: expected a token or a list of tokens, got \[1, None\]"),
+        ({"do_sample": "yes"}, "do_sample: expected true or false, got 'yes'"),
+        ({"temperature": True}, r"temperature: expected a number from 0 to 1e\+30, got True"),
+        ({"do_sample": True, "temperature": -1}, r"temperature: expected a number from 0 to 1e\+30, got -1"),
+        ({"top_k": 1.5}, "top_k: expected a whole number from 0 to .*, got 1.5"),
+        ({"top_p": "0.9"}, "top_p: expected a number from 0 to 1, got '0.9'"),
+        ({"top_p": 9}, "top_p: expected a number from 0 to 1, got 9"),
     ],
 )
 def test_what_is_wrong_in_it_is_told_with_the_file(content, message, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
         generation_options(tmp_path)
-
-
-@pytest.mark.parametrize(("eos", "expected"), [(None, ()), (3, (3,)), ((3, 5), (3, 5)), ((), ())])
-def test_the_end_tokens_are_one_or_several_or_none(eos, expected):
-    assert end_tokens(tiny.config(eos_token_id=eos)) == expected
 
 
 # ---- from text to text ----

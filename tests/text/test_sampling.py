@@ -148,6 +148,7 @@ def test_what_is_not_finite_is_told(logits):
         ({"temperature": math.nan}, "temperature: expected a number of 0 or more, got nan"),
         ({"temperature": math.inf}, "temperature: expected a number of 0 or more, got inf"),
         ({"temperature": None}, "temperature: expected a number of 0 or more, got None"),
+        ({"temperature": 10**5000}, "temperature: expected a number of 0 or more, got int too large to show"),
         ({"top_k": -1}, "top_k: expected a whole number of 0 or more, got -1"),
         ({"top_k": 1.5}, "top_k: expected a whole number of 0 or more, got 1.5"),
         ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1, got 0.0"),
