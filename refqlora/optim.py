@@ -18,19 +18,26 @@ for the last bits.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import Rule, check, number, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
 GPU_BLOCK = 1 << 22
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+NOT_NEGATIVE = number(0, 1e300)
+_BETA = number(0, math.nextafter(1, 0))
+_BETAS = Rule(
+    "two numbers from 0 to below 1",
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.fits, value)),
+)
 
 
 def adamw_update(
@@ -134,7 +141,7 @@ class AdamW:
         `clip_by_global_norm` stops them, and `fault` finds what they have reached.
         """
         lr = self.lr if lr is None else lr
-        check_number("lr", lr)
+        check("lr", lr, NOT_NEGATIVE)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -247,11 +254,9 @@ def learning_rate(
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    check_number("peak", peak)
-    check_number("floor", floor)
-    if floor > peak:
-        raise ValueError(f"floor: expected at most the peak, {peak}, got {floor}")
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+    check("peak", peak, NOT_NEGATIVE)
+    check("floor", floor, number(0, peak))
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), got {warmup_steps}")
     if step < 0:
@@ -287,21 +292,9 @@ def not_finite(what: str, x: Array) -> str | None:
 
 def check_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise ValueError, naming the option, for a setting that AdamW cannot use."""
-    numbers = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
-    if not (numbers and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    check("betas", betas, _BETAS)
     for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check_number(option, value)
-
-
-def check_number(option: str, value: float) -> None:
-    """Raise ValueError unless the option's value is a finite number, 0 or more."""
-    if not (is_number(value) and 0 <= value <= sys.float_info.max):
-        raise ValueError(f"{option}: expected a finite number, 0 or more, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.complexfloating)
+        check(option, value, NOT_NEGATIVE)
 
 
 def check_like(what: str, found: Array, expected: Array) -> None:

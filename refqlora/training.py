@@ -18,17 +18,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Array
+from .checks import SWITCH, check, number, whole
 from .functional import IGNORE, cross_entropy
 from .model import Model
-from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
+from .optim import AdamW, check_options, clip_by_global_norm, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
 
 Row = dict[str, Any]  # what a step has measured
 
-_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 0}
-_LEAST |= {"checkpoint_every": 1}
-_MOST = 10**12  # of each: far more than can be done, and all arithmetic with it is exact
+_COUNT, _COUNT_OR_0 = whole(1, 10**12), whole(0, 10**12)  # more than can be done
+_RULES = {
+    "steps": _COUNT,
+    "batch_size": _COUNT,
+    "warmup": _COUNT_OR_0,
+    "max_grad_norm": number(0, math.inf),
+    "recompute": SWITCH,
+    "seed": whole(0, 2**64 - 1),
+    "eval_every": _COUNT_OR_0,
+    "checkpoint_every": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,10 @@ class TrainingConfig:
         for option, value in vars(self).items():
             if isinstance(value, np.generic):
                 object.__setattr__(self, option, value.item())  # rows and checkpoints are JSON
-        for option, least in _LEAST.items():
-            value = getattr(self, option)
-            if option == "micro_batch_size" and value is None:
-                continue
-            if type(value) is not int or not least <= value <= _MOST:
-                raise ValueError(f"{option}: expected a whole number of {least} to {_MOST}, got {value!r:.80}")
-        if not (is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
-            raise ValueError(f"max_grad_norm: expected a number of 0 or more, got {self.max_grad_norm!r:.80}")
-        if not isinstance(self.recompute, bool):
-            raise ValueError(f"recompute: expected True or False, got {self.recompute!r:.80}")
+        for option, rule in _RULES.items():
+            check(option, getattr(self, option), rule)
+        if self.micro_batch_size is not None:
+            check("micro_batch_size", self.micro_batch_size, _COUNT)
         check_options(self.lr, self.betas, 1e-8, self.weight_decay)
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         self.learning_rate(0)  # raises for what makes no schedule

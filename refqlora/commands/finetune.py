@@ -26,7 +26,6 @@ from ..text.chat import load_chat_template
 from ..text.data_files import datasets, read_data
 from ..text.dataset import Dataset
 from ..text.examples import Conversation
-from ..text.tokenizer import load_tokenizer
 from ..training import Evaluation, TrainingConfig, evaluate, train
 from .options import common, console, count, model, natural, report
 from .progress import progress
@@ -34,7 +33,6 @@ from .sample import generate_command, show_sample, write_sample
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from tokenizers import Tokenizer
 
 MAX_LENGTH = 512  # tokens in a sequence, unless --max-length or the model's context says otherwise
 SPARE = 0.8  # of the memory that is available may be planned for
@@ -46,7 +44,6 @@ class Job:
     """All that training needs."""
 
     model: Model
-    tokenizer: Tokenizer
     train_set: Dataset
     held_out: Dataset | None
     config: TrainingConfig
@@ -78,9 +75,8 @@ def finetune(
     check_place(out, resume)
     with locked(out):
         check_place(out, resume)  # now that no other process writes there
-        if (
-            resume and training.get("micro_batch_size") is None
-        ):  # as it was, whatever fits now: it decides the last bits
+        if resume and training.get("micro_batch_size") is None:
+            # As it was, whatever fits now: the last bits depend on it.
             training = {**training, "micro_batch_size": read_identity(out / CHECKPOINT).get("micro_batch_size")}
         job = prepare(data, console, base, quantize, adapter, training, epochs, max_length, held_out)
         model, config = job.model, job.config
@@ -93,7 +89,7 @@ def finetune(
         after = measure(job, "after", console)
         curve = held_out_losses(rows, before.loss, after.loss) if before and after else {}
         loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
-        sample = write_sample(model, job.tokenizer, job.held_out or job.train_set)
+        sample = write_sample(model, job.held_out or job.train_set)
     prompt = None if job.chat else sample["prompt"]
     facts = {
         "steps": config.steps,
@@ -132,19 +128,19 @@ def prepare(
     held_out: float,
 ) -> Job:
     """Load the model and the data, put the adapter on, plan the memory, and say what there is."""
+    seed, adapters = training.get("seed", 0), {"default": LoraConfig(**adapter)}
     directory = model_directory(base)
-    adapters = {"default": LoraConfig(**adapter)}
     model = Model.from_pretrained(directory, quantize="nf4" if quantize else None, adapters=adapters, seed=seed)
-    tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    ends = model.config.eos_token_id
-    eos = ends[0] if isinstance(ends, tuple) and ends else ends  # the first of them ends the texts to be learnt
-    if not isinstance(eos, int) or not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
-        raise ValueError(f"{base}: a token must end every text: the model's eos_token_id is {ends}")
+    tokenizer = model.tokenizer
+    eos = model.config.ends[0] if model.config.ends else -1  # the first of them ends the texts to be learnt
+    if not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
+        raise ValueError(
+            f"{base}: a token must end every text: the model's eos_token_id is {model.config.eos_token_id}"
+        )
     context = model.config.max_positions
     max_length = min(MAX_LENGTH, context) if max_length is None else max_length
     if not 2 <= max_length <= context:
         raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
-    seed = training.get("seed", 0)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
@@ -166,7 +162,7 @@ def prepare(
         highlight=False,
     )
     config = fitted(model, config, max(map(len, (*train_set.tokens, *eval_set.tokens))), console)
-    return Job(model, tokenizer, train_set, eval_set or None, config, isinstance(items[0], Conversation))
+    return Job(model, train_set, eval_set or None, config, isinstance(items[0], Conversation))
 
 
 def fitted(model: Model, config: TrainingConfig, length: int, console: Console) -> TrainingConfig:

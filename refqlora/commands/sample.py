@@ -11,27 +11,25 @@ import numpy as np
 from ..functional import IGNORE
 from ..model import Model
 from ..text.dataset import Dataset
-from ..text.generation import complete, end_tokens
+from ..text.generation import complete
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from tokenizers import Tokenizer
 
 LENGTH = 40  # tokens that base and adapter write
 SHOWN = 300  # characters of a text that are printed
 
 
-def write_sample(model: Model, tokenizer: Tokenizer, dataset: Dataset) -> dict[str, str]:
+def write_sample(model: Model, dataset: Dataset) -> dict[str, str]:
     """What the base and the adapter write after the first prompt of `dataset` (of a text, its first few tokens)."""
     tokens, labels = dataset.tokens[0], dataset.labels[0]
     first = int(np.argmax(labels != IGNORE))  # the first token that counts is the one after this
     prompt = tokens[: first + 1] if first else tokens[: max(1, min(LENGTH, len(tokens) // 2))]
     prompt = prompt[-max(1, model.config.max_positions - LENGTH) :]
-    stop = end_tokens(model.config)
-    sample = {"prompt": tokenizer.decode(prompt.tolist())}
+    sample = {"prompt": model.tokenizer.decode(prompt.tolist())}
     for name, active in (("base", None), ("adapter", "default")):
         model.set_adapter(active)
-        sample[name] = complete(model, prompt.tolist(), tokenizer=tokenizer, max_new_tokens=LENGTH, stop=stop)
+        sample[name] = complete(model, prompt.tolist(), max_new_tokens=LENGTH, stop=model.config.ends)
     return sample
 
 

@@ -245,7 +245,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"epochs": np.nan}, "epochs: expected a number above 0"),
         ({"adapter": {"rank": 0}}, "rank: expected a whole number"),
         ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
-        ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
+        ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a number from 0"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* got 5"),
         ({"held_out": 1.0}, "the held-out fraction: expected 0 or more and less than 1, got 1.0"),
     ],
