@@ -11,7 +11,7 @@
 
 Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: every file at the top of this package.
 
-    checks, reprs, backend                                    values at the doors, tables in notebooks, arrays
+    backend, checks, reprs                                    arrays, values at the doors, tables in notebooks
     codebooks, quantization, quantization_error               4 bits
     functional, attention, rope, lora                         the operations, each forward beside its backward
     architectures, config, patterns, lora_config              which parts a model has, and which of them adapters sit on

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .backend import Array, array_module
+
+CHUNK = 1 << 16  # elements looked at together
+
 
 class Rule(NamedTuple):
     """What a value must be, in words, and whether one is."""
@@ -55,7 +59,25 @@ def check(name: str, value: Any, rule: Rule) -> None:
 def shown(value: Any, longest: int = 60) -> str:
     """A value as an error shows it: on one line, cut where it is long."""
     try:
-        text = " ".join(repr(value).split())
+        return cut(" ".join(repr(value).split()), longest)
     except (ValueError, RecursionError):  # an int of thousands of digits, a list of thousands of lists
-        text = f"{type(value).__name__} too large to show"
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+        return f"{type(value).__name__} too large to show"
+
+
+def cut(text: str, longest: int) -> str:
+    """Text from a file for a terminal: of `longest` characters at most, none of which the terminal would obey."""
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def finite(name: str, x: Array, dtype: Any = None) -> Array:
+    """x, in `dtype` if one is given, not copied where it has it. Raises ValueError, beginning with `name`, for the
+    first element that is NaN or infinite, or is beyond what `dtype` holds."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = x.astype(x.dtype if dtype is None else dtype, copy=False)
+    xp, flat = array_module(y), y.ravel(order="K")  # as it lies in memory
+    if all(xp.isfinite(flat[start : start + CHUNK]).all() for start in range(0, flat.size, CHUNK)):
+        return y
+    at = tuple(int(i) for i in np.unravel_index(int((~xp.isfinite(y.reshape(-1))).argmax()), y.shape))
+    expected = f"what {y.dtype} holds" if xp.isfinite(x[at]) else "finite numbers"
+    raise ValueError(f"{name}: expected {expected}, got {x[at]} at {at}")

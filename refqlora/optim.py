@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import Rule, check, number, shown
+from .checks import Rule, check, finite, number, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
@@ -197,8 +197,7 @@ class AdamW:
             if name not in arrays:
                 raise ValueError(f"optimiser state {name}: missing")
             check_like(f"optimiser state {name}", arrays[name], mine)
-            if fault := not_finite(f"optimiser state {name}", arrays[name]):
-                raise ValueError(fault)
+            finite(f"optimiser state {name}", arrays[name])
         for name in arrays:
             if name not in expected:
                 raise ValueError(f"optimiser state {name}: the optimiser has no such entry")

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import finite
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 from .reprs import facts_html
 
@@ -257,7 +258,7 @@ def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: 
         pairs = codes.view("<u2")  # the first of two codes is the lower byte
         out[start // 2 : -(-stop // 2)] = pairs << 4 | pairs >> 8  # stored modulo 256
     if not xp.isfinite(absmax).all():
-        _refuse(x, name)
+        finite(name, x, np.float32)  # names the first element at fault
     return out, absmax
 
 
@@ -337,11 +338,3 @@ def _codebook(codebook: str | np.ndarray, sizes: tuple[int, int], name: str) -> 
         found = f"{codebook.dtype} of shape {codebook.shape}"
     wanted = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else str(sizes[0])
     raise ValueError(f"{name}: codebook: expected {', '.join(CODEBOOKS)} or {wanted} values of float32, got {found}")
-
-
-def _refuse(x: Array, name: str) -> None:
-    """Raise for the first element that is not finite in float32."""
-    with np.errstate(over="ignore"):
-        bad = int((~array_module(x).isfinite(x.reshape(-1).astype(np.float32))).argmax())
-    at = tuple(int(i) for i in np.unravel_index(bad, x.shape))
-    raise ValueError(f"{name}: {x.reshape(-1)[bad]} at {at}: only what is finite in float32 can be quantised")

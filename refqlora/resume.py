@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import finite, shown
 from .config import check_shapes
 from .files.reading import read_metadata, read_tensors
 from .files.writing import locked, naming, write_bytes, write_tensors
-from .optim import AdamW, check_like, not_finite
+from .optim import AdamW, check_like
 from .quantization import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def check_start(out: Path, resume: bool) -> None:
     elif path.is_file():
         step, steps = _step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
-            where = f"step {step} of {steps!s:.20}"
+            where = f"step {step} of {shown(steps)}"
             raise ValueError(f"{path}: holds a run stopped at {where}: resume it, or remove the file")
 
 
@@ -135,7 +136,7 @@ def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
     """
     for name, there, here in _differences(read_identity(path), identity):
         raise ValueError(
-            f"{path}: is of another run: {name} was {there!r:.200} there and is {here!r:.200} here; "
+            f"{path}: is of another run: {name} was {shown(there)} there and is {shown(here)} here; "
             "resume with the same settings and data, or start anew in another directory"
         )
     tensors = dict(read_tensors(path))
@@ -144,8 +145,7 @@ def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
     try:
         for name, p in params.items():
             check_like(f"param.{name}", tensors[f"param.{name}"], p)
-            if fault := not_finite(f"param.{name}", tensors[f"param.{name}"]):
-                raise ValueError(fault)
+            finite(f"param.{name}", tensors[f"param.{name}"])
         optimizer.load_state(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -175,7 +175,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: identity in the metadata: expected a JSON object, got {text!r:.80}")
+        raise ValueError(f"{path}: identity in the metadata: expected a JSON object, got {shown(text)}")
     return found
 
 
@@ -183,7 +183,7 @@ def _step(path: Path) -> int:
     """The step in a checkpoint's metadata, which can be read without its tensors."""
     text = read_metadata(path).get("step", "")
     if not (text.isascii() and text.isdecimal()) or len(text) > 20:
-        raise ValueError(f"{path}: step in the metadata: expected a number, got {text!r:.80}")
+        raise ValueError(f"{path}: step in the metadata: expected a number, got {shown(text)}")
     return int(text)
 
 

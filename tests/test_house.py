@@ -212,3 +212,73 @@ def test_importing_the_package_loads_nothing_slow():
     )
     done = run("import refqlora as rq, sys; rq.quantize; print(*sys.modules)")
     assert set(done.stdout.split()) & {"tokenizers", "jinja2", "rich", "matplotlib", "huggingface_hub"} == set()
+
+
+# ---- what there may not be ----
+
+WITHOUT = """
+import sys, _thread, threading
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+sys.meta_path.insert(0, Without())
+if {threadless}:  # as in a browser
+    _thread.start_new_thread = threading._start_new_thread = threading.Thread.start = no_thread
+"""
+
+
+def run_without(blocked, program, threadless=False):
+    """Run a program where these modules do not exist, and perhaps no thread can be started; -> what it printed."""
+    done = run(WITHOUT.format(blocked=set(blocked), threadless=threadless) + program)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_blocked_is_blocked():
+    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "import rich.console")
+    assert "No module named 'rich" in done.stderr
+    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "threading.Thread(target=print).start()")
+    assert "can't start new thread" in done.stderr
+
+
+SLOW = ("tokenizers", "jinja2", "rich", "huggingface_hub", "safetensors")
+
+A_TINY_MODEL = """
+from importlib import import_module
+for name in {names}:
+    import_module("refqlora." + name)
+import numpy as np
+import refqlora as rq
+from refqlora.text.dataset import Dataset
+sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, layers=2, heads=2, kv_heads=1, head_dim=8)
+model = rq.Model.from_config(rq.Config(**sizes, max_positions=32, eos_token_id=0), 0)
+tokens = np.arange(96).reshape(8, 12) % 50
+data = Dataset(tokens, (tokens + 1) % 50, np.ones(50, int))
+rows = rq.train(model, data, rq.TrainingConfig(steps=60, lr=1e-2))
+model.quantize()
+model.add_adapter(rank=2)
+rows += rq.train(model, data, rq.TrainingConfig(steps=3, lr=1e-3))
+print(rows[0]["loss"], rows[-1]["loss"])
+print(*rq.generate(model, [7], max_new_tokens=9))
+"""
+
+
+def test_the_engine_works_without_the_slow_packages_and_without_threads():
+    """In a browser (Pyodide), say: a model is trained, quantised, trained on, and writes what it has learnt."""
+    names = [name for name in MODULES if room(name) in (None, "memory", "figures")]
+    out = run_without((*SLOW, *ORACLES), A_TINY_MODEL.format(names=names), threadless=True)
+    (before, after), text = (line.split() for line in out.splitlines())
+    assert float(before) > 3 > 1 > float(after)
+    assert text == [str(token) for token in range(8, 17)]
+
+
+def test_parity_with_the_recordings_needs_no_library():
+    blocked = (*SLOW[:-1], *ORACLES)
+    program = "from refqlora.commands import main; raise SystemExit(main(['parity', '--recorded']))"
+    assert run_without(blocked, program).splitlines()[-1].startswith("OK; ")

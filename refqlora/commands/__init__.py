@@ -46,13 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not argv:
                 top.print_help()
                 return 0
+            top.prog = program  # what is left over of the command's options is an error of the command's
             arguments = top.parse_args(argv)
             return _run(arguments, program)
     except BrokenPipeError:
         return 141  # what a shell says of a program that SIGPIPE ended
     except ERRORS as error:
-        message = " ".join(str(error).split()) or type(error).__name__  # a tensor's name may have a line's end in it
-        _say(f"{program}: {message}")
+        from .options import one_line
+
+        _say(f"{program}: {one_line(error) or type(error).__name__}")
         return 2
     except KeyboardInterrupt as saved:  # training says in it what it has saved
         again = shlex.join(["refqlora", *(word for word in argv if word != "--resume"), "--resume"])
@@ -92,8 +94,11 @@ def _run(arguments: argparse.Namespace, program: str) -> int:
 
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a download's would fill the log
+    import logging
+
     import numpy as np  # here, as it takes a tenth of a second
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written to
     # What is not finite ends training with an error of its own.
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

@@ -141,7 +141,7 @@ MORE = "Every method from the same base, with the same data, steps and seed. Tak
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "refqlora-demo")
-    options.add_argument("--steps", type=count, metavar="N", default=300, help="training steps of each run")
+    options.add_argument("--steps", type=count, default=300, help="training steps of each run")
     seed_option(options)
     json_option(options)
 

@@ -263,7 +263,7 @@ MORE = "The text is the running Python's own standard library; nothing is downlo
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "refqlora-demo")
-    options.add_argument("--steps", type=count, metavar="N", default=300, help="training steps")
+    options.add_argument("--steps", type=count, default=300, help="training steps")
     common(options)
 
 

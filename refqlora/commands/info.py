@@ -70,7 +70,7 @@ def memory() -> int | None:
 def gpu() -> dict[str, Any] | None:
     """Name and bytes of memory of the GPU that CuPy uses."""
     try:
-        import cupy  # type: ignore[import-not-found]
+        import cupy
 
         found = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     except Exception:  # no CuPy, no driver, no device: CuPy has an error for each

@@ -1,4 +1,4 @@
-"""`refqlora inspect`."""
+"""`refqlora inspect`: its options; inspection.py finds the facts, inspection_tables.py shows them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.progress import track
 
 from .inspection import inspect
-from .inspection_tables import tables
-from .options import console, report
+from .inspection_tables import LONGEST, tables
+from .options import console, report, show
 
 MORE = (
-    "PATH is a .safetensors file, or the directory of a model, an adapter or a run. Of a dense model it tells what "
-    "NF4 would cost each linear, of an adapter how large its change is."
+    "PATH is a .safetensors file, the directory of a model, an adapter or a run, or a model's id on the Hugging Face "
+    "hub. Of a dense model it tells what NF4 would cost each linear, of an adapter how large its change is."
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("path", metavar="PATH", type=Path, help="a .safetensors file or a directory")
+    options.add_argument("path", metavar="PATH", type=Path, help="a .safetensors file, a directory, or org/name")
     options.add_argument("--no-error", action="store_true", help="read headers only: no errors of NF4, no norms")
     options.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
 
@@ -34,6 +34,6 @@ def run(a: argparse.Namespace) -> None:
     facts = inspect(a.path, error=not a.no_error, progress=progress)
     if not a.json:
         out = console(a)
-        for table in tables(facts):
-            out.print(table, highlight=False)
+        for table in tables(facts, LONGEST if out.is_terminal else None):
+            show(out, table)
     report(a, facts)

@@ -5,21 +5,23 @@ inspect(path) -> {"path", and of "model", "adapter", "training", "tokenizer", "t
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checks import TEXT, check, finite, shown
 from ..config import check_shapes
-from ..files import bnb, model_files, pretrained
+from ..files import adapter_files, bnb, model_files, pretrained
 from ..files.config_json import config_from_dict
-from ..files.hub import BUNDLED
-from ..files.reading import FLOATS, STORED_DTYPES, Mapped, map_tensors, read_json
+from ..files.hub import BUNDLED, model_directory
+from ..files.reading import FLOATS, STORED_DTYPES, Mapped, map_tensors, parse_json, read_json
 from ..lora import dense
+from ..lora_config import LoraConfig
 from ..quantization import QuantizedTensor, quantize
 from ..quantization_error import quantization_error
+from ..resume import CHECKPOINT
 from ..text.tokenizer import load_tokenizer
 
 Progress = Any  # a function of (iterable, title) -> iterable, that may show how far it has come
@@ -29,11 +31,15 @@ _SIZES = (
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
+_LORA = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout", "use_rslora",
+    "use_dora", "bias",
+)  # fmt: skip
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 
 
 def inspect(path: Path, *, error: bool = True, progress: Progress = lambda items, title: items) -> dict[str, Any]:
-    """What is in `path`, a .safetensors file or a directory, as JSON would have it.
+    """What is in `path`, a .safetensors file, a directory or a model's id on the hub, as JSON would have it.
 
     error: quantise each dense linear to NF4 to say how much that costs it, and read an adapter's matrices. Raises
     FileNotFoundError where there is nothing known, and ValueError naming the file and tensor for what is not valid.
@@ -41,15 +47,14 @@ def inspect(path: Path, *, error: bool = True, progress: Progress = lambda items
     path = Path(path)
     if path.is_file():
         return {"path": str(path), **_file(path, error, progress)}
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+    path = model_directory(path)
     facts: dict[str, Any] = {"path": str(path)}
     if (path / "config.json").is_file():
         facts["model"] = _model(path, error, progress)
     if (path / "adapter_config.json").is_file():
         facts["adapter"] = _adapter(path, error, progress)
-    if (path / "checkpoint.safetensors").is_file():
-        facts["training"] = _file(path / "checkpoint.safetensors", error, progress).get("training")
+    if (path / CHECKPOINT).is_file():
+        facts["training"] = _file(path / CHECKPOINT, error, progress).get("training")
     if (path / "tokenizer.json").is_file():
         facts["tokenizer"] = _tokenizer(path / "tokenizer.json")
     if len(facts) == 1:
@@ -68,7 +73,7 @@ def _file(path: Path, error: bool, progress: Progress) -> dict[str, Any]:
     if "identity" in metadata:
         return {"training": _training(path, tensors, metadata)}
     if tensors and all(_MATRIX.fullmatch(name) for name in tensors):
-        return {"adapter": {"matrices": _matrices(tensors, None, None, str(path), error, progress), **_sums(tensors)}}
+        return {"adapter": {"matrices": _matrices(tensors, None, {}, str(path), error, progress), **_sums(tensors)}}
     weights: dict[str, Any] = tensors
     if any(".quant_state." in name for name in tensors) and not SHARD.fullmatch(path.name):
         weights = _assembled(tensors, {"bnb_4bit_quant_storage": "uint8"}, str(path))
@@ -202,41 +207,53 @@ def _sums(tensors: dict[str, Mapped]) -> dict[str, Any]:
 
 
 def _adapter(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
-    path = directory / "adapter_config.json"
+    path = directory / adapter_files.CONFIG
     d = read_json(path)
-    for key in ("r", "lora_alpha"):
-        if not isinstance(d.get(key), int | float) or isinstance(d[key], bool) or not d[key] > 0:
-            raise ValueError(f'{path}: "{key}" must be a positive number, not {json.dumps(d.get(key))}')
-    tensors, _ = map_tensors(directory / "adapter_model.safetensors")
-    scale = d["lora_alpha"] / (d["r"] ** 0.5 if d.get("use_rslora") else d["r"])
     base = d.get("base_model_name_or_path") or ""
-    where = BUNDLED if base == "refqlora" else Path(base)
-    weights = None
-    if error and base and (where / "config.json").is_file():
-        found = _model_tensors(where)
-        config = bnb.quantization_config(read_json(where / "config.json"), str(where / "config.json"))
-        weights = found if config is None else _assembled(found, config, str(model_files.weights_file(where)))
-    keys = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
+    check(f"{path}: base_model_name_or_path", base, TEXT)
+    facts: dict[str, Any] = {"config": {key: d[key] for key in _LORA if key in d}, "base": base}
+    config = None
+    try:
+        config = adapter_files.read_config(directory)
+    except ValueError as fault:
+        facts["not_supported"] = str(fault)
+    else:
+        facts["scale"] = config.scale
+    file = directory / adapter_files.WEIGHTS
+    tensors, _ = map_tensors(file)
+    weights = _base_weights(BUNDLED if base == "refqlora" else Path(base)) if error and base else {}
     return {
-        "config": {key: d[key] for key in keys if key in d},
-        "base": base,
-        "scale": scale,
-        "matrices": _matrices(tensors, scale, weights, str(directory / "adapter_model.safetensors"), error, progress),
+        **facts,
+        "matrices": _matrices(tensors, config, weights, str(file), error, progress),
         "others": sorted(name for name in tensors if not _MATRIX.fullmatch(name)),
         **_sums(tensors),
     }
 
 
+def _base_weights(directory: Path) -> dict[str, Any]:
+    """The weights of an adapter's base, or none where it is not at hand."""
+    try:
+        there = (directory / "config.json").is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
+        return {}
+    tensors = _model_tensors(directory)
+    config = bnb.quantization_config(read_json(directory / "config.json"), str(directory / "config.json"))
+    return tensors if config is None else _assembled(tensors, config, str(model_files.weights_file(directory)))
+
+
 def _matrices(
     tensors: dict[str, Mapped],
-    scale: float | None,
-    base: dict[str, Any] | None,
+    config: LoraConfig | None,
+    base: dict[str, Any],
     where: str,
     error: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Each linear's A and B: shapes and, where data are to be read, the Frobenius norms of A, of B and of the change
-    s B A (s = 1 where there is no config), in units of W's too where the base is at hand. The largest change first."""
+    s B A, with the scale s that the config gives this linear (1 without a config), in units of W's too where the base
+    is at hand. The largest change first."""
     pairs: dict[str, dict[str, Mapped]] = {}
     for name, tensor in tensors.items():
         if match := _MATRIX.fullmatch(name):
@@ -250,15 +267,16 @@ def _matrices(
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"{where}: {linear}: A {a.dtype} {a.shape} and B {b.dtype} {b.shape} make no B A")
         row: dict[str, Any] = {"linear": linear, "rank": a.shape[0], "in": a.shape[1], "out": b.shape[0]}
+        scale = 1.0 if config is None else config.scale_of(linear)
+        row |= {} if config is None else {"scale": scale}
         if error:
-            A, B = a.array.astype(np.float64), b.array.astype(np.float64)
-            if not (np.isfinite(A).all() and np.isfinite(B).all()):
-                raise ValueError(f"{where}: {linear}: A or B holds what is not finite")
+            A, B = (finite(f"{where}: {linear}.lora_{x}.weight", pair[x].array, np.float64) for x in "AB")
             # |B A|^2 is the trace of (B^T B)(A A^T): (r, r) matrices, where B A would be as large as W.
-            change = (scale or 1.0) * float(max(0.0, ((B.T @ B) * (A @ A.T)).sum()) ** 0.5)
+            with np.errstate(over="ignore", invalid="ignore"):
+                change = scale * float(max(0.0, ((B.T @ B) * (A @ A.T)).sum()) ** 0.5)
             row |= {"norm_A": float(np.linalg.norm(A)), "norm_B": float(np.linalg.norm(B)), "norm_change": change}
-            w = (base or {}).get(linear + ".weight")
-            if w is not None and tuple(w.shape) == (row["out"], row["in"]):
+            w = base.get(linear + ".weight")
+            if w is not None and sorted(w.shape) == sorted((row["out"], row["in"])):  # GPT-2's files have (in, out)
                 norm = float(np.linalg.norm(dense(w if isinstance(w, QuantizedTensor) else w.read(), np.dtype("f4"))))
                 row["relative_change"] = change / norm if norm else 0.0
         rows.append(row)
@@ -267,9 +285,9 @@ def _matrices(
 
 def _training(path: Path, tensors: dict[str, Mapped], metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        identity, step = json.loads(metadata["identity"]), int(metadata.get("step", ""))
+        identity, step = parse_json(metadata["identity"].encode()), int(metadata.get("step", ""))
         if not isinstance(identity, dict):
-            raise ValueError("the identity is no object")
+            raise ValueError(f"identity: expected an object, got {shown(identity)}")
     except ValueError as fault:
         raise ValueError(f"{path}: not a checkpoint of a training run: {fault}") from None
     facts = {"step": step, "identity": identity, **_sums(tensors)}

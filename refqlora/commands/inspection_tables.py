@@ -10,44 +10,49 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-LONGEST = 20  # rows of a table that is sorted by how bad they are; --json has all
+from ..checks import cut
+
+LONGEST = 20  # rows, on a terminal, of a table that is sorted by how bad they are
 
 _IDENTITY = ("steps", "batch_size", "lr", "schedule", "weight_decay", "seed")
 
 
-def tables(facts: dict[str, Any]) -> Iterator[Table | Text]:
-    """The facts of `inspection.inspect`, in the order in which they answer questions."""
+def tables(facts: dict[str, Any], longest: int | None = LONGEST) -> Iterator[Table | Text]:
+    """The facts of `inspection.inspect`, in the order in which they answer questions.
+
+    longest: rows of what is sorted by how bad it is; None: all.
+    """
     if "model" in facts:
-        yield from _model(facts["model"])
+        yield from _model(facts["model"], longest)
     if "tensors" in facts:
-        yield from _tensors(facts["tensors"])
+        yield from _tensors(facts["tensors"], longest)
     if "adapter" in facts:
-        yield from _adapter(facts["adapter"])
+        yield from _adapter(facts["adapter"], longest)
     if "training" in facts:
         yield from _training(facts["training"])
     if "tokenizer" in facts:
         t = facts["tokenizer"]
         yield _pairs("tokenizer", {"type": t["type"], "tokens": t["size"], "of them added": t["added_tokens"]})
     for file in facts.get("files", ()):
-        yield Text(file["path"], style="bold")
-        yield from tables(file)
+        yield Text(cut(file["path"], 300), style="bold")
+        yield from tables(file, longest)
 
 
-def _model(model: dict[str, Any]) -> Iterator[Table | Text]:
+def _model(model: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in model["config"].items()}
     yield _pairs("model", {**shown, "parameters": model["parameters"], "bytes": model["stored"]["bytes"]})
     if "not_supported" in model:
         yield Text(f"refqlora does not run it: {model['not_supported']}\n")
-    yield from _weights(model)
+    yield from _weights(model, longest)
 
 
-def _tensors(found: dict[str, Any]) -> Iterator[Table | Text]:
+def _tensors(found: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     metadata = {f"metadata: {key}": value for key, value in found["metadata"].items()}
     yield _pairs("safetensors", {"parameters": found["parameters"], "bytes": found["stored"]["bytes"], **metadata})
-    yield from _weights(found)
+    yield from _weights(found, longest)
 
 
-def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
+def _weights(found: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     groups: dict[tuple, dict[str, int]] = {}
     for row in found["weights"]:
         key = (re.sub(r"\.\d+\.", ".*.", row["name"]), row["dtype"], tuple(row["shape"]))
@@ -59,7 +64,7 @@ def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
     for (name, dtype, shape), group in sorted(groups.items()):
         shape_text = " x ".join(map(str, shape)) or "scalar"
         table.add_row(
-            short(name).replace("layers.*.", "*."),
+            short(name),
             str(group["tensors"]),
             dtype,
             shape_text,
@@ -78,12 +83,12 @@ def _weights(found: dict[str, Any]) -> Iterator[Table | Text]:
     if len(stored["files"]) > 1:
         table.add_section()
         for file, nbytes in stored["files"].items():
-            table.add_row(file, "", f"{nbytes:,}", f"{nbytes / stored['bytes']:.1%}")
+            table.add_row(Text(cut(file, 200)), "", f"{nbytes:,}", f"{nbytes / stored['bytes']:.1%}")
     yield table
     if "quantized" in found:
         yield _quantized(found["quantized"])
     if "nf4_error" in found:
-        yield from _nf4_error(found["nf4_error"])
+        yield from _nf4_error(found["nf4_error"], longest)
 
 
 def _quantized(q: dict[str, Any]) -> Table:
@@ -104,7 +109,7 @@ def _quantized(q: dict[str, Any]) -> Table:
     )
 
 
-def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
+def _nf4_error(rows: Sequence[dict[str, Any]], longest: int | None) -> Iterator[Table | Text]:
     table = _table(
         "what NF4 would cost (double-quantised, blocks of 64), worst first",
         "name",
@@ -113,7 +118,7 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
         "above 6 rms",
         "rms",
     )
-    for row in rows[:LONGEST]:
+    for row in rows[:longest]:
         table.add_row(
             short(row["name"]),
             f"{row['relative_error']:.5f}",
@@ -125,34 +130,39 @@ def _nf4_error(rows: Sequence[dict[str, Any]]) -> Iterator[Table | Text]:
     yield Text(
         "error: root mean square, in units of the weights' own, rms\n"
         "absmax: of the largest block, in the same units\n"
-        "above 6 rms: weights in a million\n" + _more(rows)
+        "above 6 rms: weights in a million\n" + _more(rows, longest)
     )
 
 
-def _adapter(adapter: dict[str, Any]) -> Iterator[Table | Text]:
+def _adapter(adapter: dict[str, Any], longest: int | None) -> Iterator[Table | Text]:
     config = adapter.get("config", {})
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
-    if "scale" in adapter:
-        shown |= {"scale": f"{adapter['scale']:g}", "base model": adapter["base"] or "not recorded"}
+    if "base" in adapter:
+        shown["base model"] = adapter["base"] or "not recorded"
+    scales = sorted({row["scale"] for row in adapter["matrices"] if "scale" in row})
+    if scales:
+        shown["scale"] = " to ".join(f"{scale:g}" for scale in (scales[0], scales[-1])[: len(scales)])
     if adapter.get("others"):
         shown["other tensors"] = ", ".join(adapter["others"])
     parameters = sum(row["rank"] * (row["in"] + row["out"]) for row in adapter["matrices"])
     yield _pairs("adapter", {**shown, "parameters": parameters, "bytes": adapter["stored"]["bytes"]})
+    if "not_supported" in adapter:
+        yield Text(f"refqlora does not load it: {adapter['not_supported']}\n")
     rows = adapter["matrices"]
     relative = any("relative_change" in row for row in rows)
     normed = any("norm_change" in row for row in rows)
     if not normed:
         yield _by_kind(rows)
         return
-    columns = ["|A|", "|B|", "|s B A|" if "scale" in adapter else "|B A|"] + ["/ |W|"] * relative
+    columns = ["|A|", "|B|", "|s B A|" if scales else "|B A|"] + ["/ |W|"] * relative
     table = _table("matrices, the largest change first", "linear", "rank", "out x in", *columns)
-    for row in rows[:LONGEST]:
+    for row in rows[:longest]:
         cells = [f"{row[key]:.3g}" for key in ("norm_A", "norm_B", "norm_change")]
         if relative:
             cells.append(f"{row['relative_change']:.4f}" if "relative_change" in row else "")
         table.add_row(short(row["linear"]), str(row["rank"]), f"{row['out']} x {row['in']}", *cells)
     yield table
-    yield Text("|.|: the Frobenius norm\n" + _more(rows))
+    yield Text("|.|: the Frobenius norm\n" + _more(rows, longest))
 
 
 def _by_kind(rows: Sequence[dict[str, Any]]) -> Table:
@@ -162,7 +172,7 @@ def _by_kind(rows: Sequence[dict[str, Any]]) -> Table:
         groups[key] = groups.get(key, 0) + 1
     table = _table("matrices, by kind", "linear", "n", "rank", "out x in")
     for (name, rank, out, into), n in sorted(groups.items()):
-        table.add_row(short(name).replace("layers.*.", "*."), str(n), str(rank), f"{out} x {into}")
+        table.add_row(short(name), str(n), str(rank), f"{out} x {into}")
     return table
 
 
@@ -171,19 +181,21 @@ def _training(training: dict[str, Any]) -> Iterator[Table | Text]:
     adapter = identity.get("adapter")
     rows = {"step": f"{training['step']} of {identity.get('steps', '?')}"}
     rows |= {key: identity[key] for key in _IDENTITY[1:] if key in identity}
-    rows["trains"] = f"an adapter of rank {adapter['rank']}" if isinstance(adapter, dict) else "every parameter"
+    rank = f"an adapter of rank {adapter.get('rank', '?')}" if isinstance(adapter, dict) else "every parameter"
+    rows["trains"] = rank
     rows |= {key: f"{value:08x}" for key, value in identity.items() if "checksum" in key and isinstance(value, int)}
     rows |= {"bytes of parameters": training["param"]["bytes"], "bytes of AdamW's moments": training["adamw"]["bytes"]}
     yield _pairs("training checkpoint", rows)
 
 
-def short(name: str) -> str:
+def short(name: str) -> Text:
     """A tensor's name without what all have: model. before and .weight after."""
-    return name.removeprefix("model.").removesuffix(".weight")
+    return Text(cut(name.removeprefix("model.").removesuffix(".weight").replace("layers.*.", "*."), 200))
 
 
-def _more(rows: Sequence[Any]) -> str:
-    return f"{len(rows) - LONGEST:,} more with --json\n" if len(rows) > LONGEST else ""
+def _more(rows: Sequence[Any], longest: int | None) -> str:
+    more = len(rows[longest:]) if longest is not None else 0
+    return f"{more:,} more in a pipe, or with --json\n" if more else ""
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Table:
@@ -191,7 +203,7 @@ def _pairs(title: str, values: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in values.items():
-        table.add_row(key, f"{value:,}" if type(value) is int else Text(str(value)))
+        table.add_row(Text(cut(key, 40)), f"{value:,}" if type(value) is int else Text(cut(str(value), 300)))
     return table
 
 

@@ -31,7 +31,7 @@ from ..files.writing import new_directory
 from ..lora import LoRA, Weight, dense, merge
 from ..model import Model
 from ..quantization import QuantizedTensor, dequantize, quantize
-from .options import console, model, report
+from .options import console, model, report, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -238,7 +238,7 @@ def run(a: argparse.Namespace) -> None:
     into = "nf4" if a.nf4 else "original" if a.original else None
     facts = merge_model(a.model, a.adapter, a.out, into=into, trained_on_nf4=not a.no_quantize, dtype=a.dtype)
     out, trained = console(a), "the NF4 base" if facts["trained_on_nf4"] else "the dense base"
-    out.print(_table(facts))
+    show(out, _table(facts))
     out.print(
         f"An error is how far the merged weights are from those trained ({trained} with the adapter), as a multiple of "
         "the adapter's own change: at 0.01 a hundredth of it is lost, at 1 they are as far off as the base without it.",

@@ -43,11 +43,10 @@ def add(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--only", action="append", metavar="NAME", help="this check, or function of the kernel, alone; may be repeated"
     )
-    options.add_argument("--seed", type=natural, metavar="N", help="of the random tensors and models (default: 0)")
+    options.add_argument("--seed", type=natural, help="of the random tensors and models (default: 0)")
     options.add_argument(
         "--size",
         type=size,
-        metavar="N",
         help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; for a kernel small)",
     )
     options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
@@ -73,7 +72,7 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _libraries(a: argparse.Namespace) -> int:
-    names = _chosen(a.only, [check.name for check in CHECKS], "check")
+    names = _chosen(a.only, [check.name for check in CHECKS])
     lines = []
     for check in CHECKS:
         if check.name in names:
@@ -91,7 +90,7 @@ def _kernel(a: argparse.Namespace) -> int:
     module = kit.load_kernel(a.against)
     functions = kit.offered(module)
     reports = []
-    for function in _chosen(a.only, functions, "function"):
+    for function in _chosen(a.only, functions):
         reports.append(kit.examine(module, function, a.seed or 0, a.size or SIZES["small"]))
         for line in reports[-1].lines():
             _say(a, line)
@@ -103,10 +102,10 @@ def _kernel(a: argparse.Namespace) -> int:
     return _end(a, verdict, bool(wrong), [report.to_dict() for report in reports])
 
 
-def _chosen(only: list[str] | None, names: list[str], what: str) -> list[str]:
+def _chosen(only: list[str] | None, names: list[str]) -> list[str]:
     for name in only or ():
         if name not in names:
-            raise ValueError(f"no {what} {name!r}; there are: {', '.join(names)}")
+            raise ValueError(f"--only: expected one of {', '.join(names)}, got {name!r:.80}")
     return [name for name in names if not only or name in only]
 
 

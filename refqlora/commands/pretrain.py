@@ -158,9 +158,9 @@ MORE = "Takes about an hour on 2 cores."
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "refqlora-base")
-    options.add_argument("--steps", type=count, metavar="N", default=6000, help="updates to make")
-    options.add_argument("--batch-size", type=count, metavar="N", default=8, help="blocks of 256 tokens a step")
-    options.add_argument("--lr", type=float, metavar="RATE", default=2e-3, help="peak learning rate")
+    options.add_argument("--steps", type=count, default=6000, help="updates to make")
+    options.add_argument("--batch-size", type=count, default=8, help="blocks of 256 tokens a step")
+    options.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     common(options)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ..backend import Array
+from ..checks import finite, shown
 from ..codebooks import CODEBOOKS
-from ..config import Config, check_shapes
+from ..config import Config
 from ..files import bnb, model_files, pretrained
 from ..files.bnb import TYPES
 from ..files.config_json import read_config
@@ -22,7 +23,7 @@ from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
 from ..quantization_error import Error, quantization_error
-from .options import console, model, report
+from .options import console, model, report, show
 
 
 def quantize_files(
@@ -35,19 +36,20 @@ def quantize_files(
     double_quant: bool = True,
     shard_bytes: int = model_files.SHARD,
 ) -> dict[str, Any]:
-    """Read the Hugging Face directory `model` and write `out`, its linears in bitsandbytes' 4 bits, everything else as
-    it was, with the files that belong to a model; -> the figures.
+    """Write the model `model`, a directory or a hub's id, to the directory `out`, its linears in bitsandbytes' 4 bits,
+    everything else as it was, with the files that belong to a model; -> the figures.
 
     transformers and bitsandbytes load `out` as they load their own. One tensor is in memory at a time. `out` must be
-    new or empty, and comes into being only when it is whole. Raises ValueError or FileNotFoundError naming what cannot
-    be quantised.
+    new or empty, and is a model only when all is written. Raises ValueError or FileNotFoundError naming what cannot be
+    quantised.
     """
     model = model_directory(model)
     config, d = read_config(model)
     if d.get("quantization_config") is not None:
         raise ValueError(f"{model / 'config.json'}: the model is quantised already")
     if kind not in bnb.TYPES:
-        raise ValueError(f"type must be one of {', '.join(bnb.TYPES)}, not {kind!r}")
+        raise ValueError(f"type: expected one of {', '.join(bnb.TYPES)}, got {shown(kind)}")
+    pretrained.check_tensors(model, config)
     rows: list[Row] = []
     with new_directory(out) as directory:
         model_files.copy_companions(model, directory)
@@ -57,7 +59,7 @@ def quantize_files(
         dtype = bnb.DENSE_DTYPES[dtype] if dtype in tuple(bnb.DENSE_DTYPES) else rows[0].dtype
         write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
     facts = _figures(rows, nbytes, kind, block_size, double_quant)
-    console.print(_table(facts), highlight=False)
+    show(console, _table(facts))
     console.print(f"wrote {out}/", highlight=False, markup=False)
     return facts
 
@@ -75,36 +77,26 @@ class Row(NamedTuple):
 
 def _quantized(
     model: Path, config: Config, rows: list[Row], console: Console, kind: str, block_size: int, double_quant: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the new checkpoint; a row for each of the old goes to `rows`."""
-    shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
-    if config.tied:
-        shapes["lm_head.weight"] = shapes[config.head]  # some writers keep a copy
-    seen = {}
+) -> Iterator[tuple[str, Array]]:
+    """The tensors of the new model; a row for each of the old goes to `rows`."""
+    linears = {name + ".weight" for name in config.linears()}
     tensors: Iterable = model_files.read_model(model)
     if console.is_terminal and not console.quiet:
-        tensors = track(tensors, "quantising", len(shapes), console=console, transient=True)
+        tensors = track(tensors, "quantising", len(config.shapes()), console=console, transient=True)
     for name, tensor in tensors:
         name, tensor = pretrained.from_file(config, name, tensor)
-        seen[name] = SimpleNamespace(shape=tensor.shape)
-        if name not in linears:
+        if name in linears:
+            q = quantize(tensor, CODEBOOKS[kind], block_size, double_quant, name=f"{model}: {name}")
+            rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, q.nbytes, quantization_error(tensor, q)))
+            yield from bnb.parts_of(name, q)
+        else:
             rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, tensor.nbytes, None))
-            yield pretrained.to_file(config, name, tensor)
-            del tensor  # before the next is read
-            continue
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{model}: {name} has shape {tensor.shape}, the config says {shapes[name]}")
-        q = quantize(tensor, CODEBOOKS[kind], block_size, double_quant, name=f"{model}: {name}")
-        rows.append(Row(name, tensor.size, tensor.dtype, tensor.nbytes, q.nbytes, quantization_error(tensor, q)))
-        del tensor
-        yield from bnb.parts_of(name, q)
-    if config.tied:
-        seen.setdefault("lm_head.weight", SimpleNamespace(shape=shapes[config.head]))
-    check_shapes(seen, shapes, str(model))
+            yield pretrained.to_file(config, name, finite(f"{model}: {name}", tensor))
+        del tensor  # before the next is read
 
 
 def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_quant: bool) -> dict[str, Any]:
-    """nbytes: of the new checkpoint's tensors, codebooks and all."""
+    """The figures of the command. nbytes: of the new model's tensors, codebooks and all."""
     layers: dict[str, list[Row]] = {}
     for row in rows:
         if row.error is not None:
@@ -112,7 +104,7 @@ def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_qu
     quantized = [row for part in layers.values() for row in part]
 
     def figures(part: list[Row]) -> dict[str, Any]:
-        error = sum((row.error for row in part), Error())
+        error = sum((row.error for row in part if row.error is not None), Error())
         size = sum(row.size for row in part)
         return {
             "tensors": len(part),

@@ -52,7 +52,7 @@ def loss_figure(path: Path, rows: Sequence[Mapping[str, Any]], held_out: Mapping
     axes.set_title(
         title, loc="left", pad=16, fontsize=13, weight="bold", parse_math=False
     )  # a file's name may hold a $
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

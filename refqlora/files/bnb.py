@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit checkpoints in and out: the parts of a weight in the file, and the QuantizedTensor they make.
+"""bitsandbytes' 4-bit weights in and out: the parts of a weight in the file, and the QuantizedTensor that they make.
 
 A weight that bitsandbytes quantised lies in a safetensors file as four tensors, six when its constants are quantised
 too; `blocks` of them make its n elements:
@@ -11,7 +11,7 @@ too; `blocks` of them make its n elements:
     <weight>.quant_state.bitsandbytes__nf4  uint8: a JSON object in UTF-8, by `State`; or ...__fp4
 
 bitsandbytes writes them in QuantState.as_dict and transformers reads them where config.json has a quantization_config.
-A weight of other floats beside them was skipped: it is dense.
+A weight that is stored as floats was skipped: it is dense.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ import ml_dtypes
 import numpy as np
 
 from ..backend import Array
+from ..checks import finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
-from .reading import FLOATS
+from .reading import FLOATS, parse_json
 
 TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes has
+# what a weight may have been before it was quantised, and what the others beside it are
 DENSE_DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
 STORAGE = ("uint8", "int8", "float64", *DENSE_DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
-INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))  # what a 4-bit checkpoint holds besides floats
+INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))  # what 4-bit weights are stored as
 
 _PART = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
 _STATE = "quant_state.bitsandbytes__"
@@ -65,7 +67,7 @@ def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
     if q is None:
         return None
     if not isinstance(q, dict):
-        raise ValueError(f"{where}: quantization_config must be an object, not {_shown(q)}")
+        raise ValueError(f"{where}: quantization_config: expected an object, got {shown(q)}")
     q = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"} | q
     storage = q.get("bnb_4bit_quant_storage") or "uint8"
     for key, good, expected in [
@@ -76,7 +78,7 @@ def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
         ("bnb_4bit_quant_storage", storage in STORAGE, f"one of {', '.join(STORAGE)}"),
     ]:
         if not good:
-            raise ValueError(f'{where}: quantization_config: "{key}" is {_shown(q.get(key))}, expected {expected}')
+            raise ValueError(f"{where}: quantization_config: {key}: expected {expected}, got {shown(q.get(key))}")
     return {**q, "bnb_4bit_quant_storage": storage}
 
 
@@ -91,13 +93,13 @@ def read_model(directory: Path, config: Mapping[str, Any] | None) -> Iterator[tu
 def assemble(
     tensors: Iterable[tuple[str, np.ndarray]], config: Mapping[str, Any], where: str
 ) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
-    """(key, array) of a checkpoint's tensors -> (name, QuantizedTensor) of each 4-bit weight, the others as they are.
+    """(key, array) of a model's tensors -> (name, QuantizedTensor) of each 4-bit weight, the others as they are.
 
     `config` is what `quantization_config` returns. Parts may come in any order and from several shards; they are kept
-    until their weight is whole. The bits are the file's. Raises ValueError, beginning with `where` and the tensor's
-    name, for a part that is missing, not expected or does not fit the weight's shape, for constants that are not
-    finite, and for a codebook that is not the type's: bitsandbytes dequantises 4 bits by the type and never looks at
-    the file's, so its numbers would not be those that the file says. (The nested codebook it does take, and so do we.)
+    until a weight has all of its own. The bits are the file's. Raises ValueError, beginning with `where` and the
+    tensor's name, for a part that is missing, not expected or does not fit the weight's shape, for constants that are
+    not finite, and for a codebook that is not the type's: bitsandbytes dequantises by the type and never looks at the
+    file's, so the numbers would not be those of the file. (It does take the nested codebook, and so do we.)
     """
     storage = config["bnb_4bit_quant_storage"]
     waiting: dict[str, dict[str, Any]] = {}  # by weight, the parts so far: arrays, and "quant_state" as a State
@@ -148,8 +150,8 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{where} is {array.dtype} of shape {array.shape}, expected bytes, uint8 (length,)")
     try:
-        d = json.loads(array.tobytes())
-    except (ValueError, RecursionError) as error:
+        d = parse_json(array.tobytes())
+    except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(d, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(d).__name__}")
@@ -169,10 +171,10 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
          "two whole numbers, 1 to 2^40"),
         ("nested_blocksize", not nested or d["nested_blocksize"] == NESTED_BLOCK, str(NESTED_BLOCK)),
         ("nested_dtype", not nested or d["nested_dtype"] == "float32", '"float32"'),
-        ("nested_offset", not nested or (type(offset) in (int, float) and abs(offset) <= top), "a finite number"),
+        ("nested_offset", not nested or number(-top, top).fits(offset), "a finite number"),
     ]:  # fmt: skip
         if not good:
-            raise ValueError(f'{where}: "{field}" is {_shown(d[field])}, expected {expected}')
+            raise ValueError(f"{where}: {field}: expected {expected}, got {shown(d[field])}")
     offset = np.float32(offset) if nested else None
     return State(d["quant_type"], d["blocksize"], DENSE_DTYPES[d["dtype"]], tuple(shape), offset)
 
@@ -199,11 +201,11 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
                 f"{where}: {key} is {array.dtype} of shape {array.shape}, expected {dtype} of shape {shape}: "
                 f"{state.shape[0]} x {state.shape[1]} weights in blocks of {state.blocksize}"
             )
-        if dtype == "float32" and not np.isfinite(array).all():
-            raise ValueError(f"{where}: {key} holds {array[~np.isfinite(array)][0]}")
+        if dtype == "float32":
+            finite(f"{where}: {key}", array)
     if not np.array_equal(parts["quant_map"], CODEBOOKS[state.quant_type]):
         raise ValueError(f"{where}: {name}.quant_map is not the codebook of {state.quant_type}")
-    return QuantizedTensor(
+    q = QuantizedTensor(
         packed=parts["weight"].reshape(-1),
         absmax=parts["absmax"],
         codebook=_shared(parts["quant_map"], CODEBOOKS[state.quant_type]),
@@ -214,6 +216,10 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
         offset=state.nested_offset,
         nested_codebook=_shared(parts.get("nested_quant_map", DYNAMIC), DYNAMIC),
     )
+    if nested:
+        with np.errstate(over="ignore"):
+            finite(f"{where}: {name}.absmax, dequantised", q.constants())
+    return q
 
 
 def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
@@ -221,21 +227,22 @@ def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
     return ours if table.tobytes() == ours.tobytes() else table
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # ---- out -------------------------------------------------------------------------------------------------------
 
 
-def disassemble(params: Mapping[str, Array | QuantizedTensor], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `assemble`: dense tensors in `dtype`, and each quantised one's parts."""
+def disassemble(
+    params: Mapping[str, Array | QuantizedTensor], dtype: Any, where: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `assemble`: dense tensors in `dtype`, and each quantised one's parts.
+
+    Raises ValueError, beginning with `where` and the tensor's name, for a number that is not finite or is beyond what
+    `dtype` holds.
+    """
     for name, param in params.items():
         if isinstance(param, QuantizedTensor):
             yield from parts_of(name, param)
         else:
-            yield name, param.astype(dtype, copy=False)
+            yield name, finite(f"{where}: {name}", param, dtype)
 
 
 def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
@@ -253,7 +260,7 @@ def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
     }
     yield name, q.packed.reshape(-1, 1)
     yield f"{name}.absmax", q.absmax
-    if q.nested_absmax is not None:
+    if q.nested_absmax is not None and q.offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.offset)}
         yield f"{name}.nested_absmax", q.nested_absmax
         yield f"{name}.nested_quant_map", q.nested_codebook

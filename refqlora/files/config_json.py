@@ -23,8 +23,6 @@ _UNSUPPORTED = {  # what would change the numbers
     "add_cross_attention": "add_cross_attention is not supported",
     "use_bidirectional_attention": "use_bidirectional_attention is not supported",
 }
-
-
 _KEYS = {  # a field of Config: Llama's key
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings", "eps": "rms_norm_eps", "tied": "tie_word_embeddings",
@@ -57,6 +55,13 @@ def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
     Raises FileNotFoundError, or ValueError that names the file and the field.
     """
     path = Path(directory) / "config.json"
+    if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise ValueError(f"{path.parent}: expected a model, got an adapter, which goes on one (--adapter)")
+        for file in sorted(path.parent.glob("*.gguf")):
+            raise ValueError(
+                f"{file}: is llama.cpp's format, which is not read: expected config.json and *.safetensors"
+            )
     d = read_json(path)
     return config_from_dict(d, str(path)), d
 
@@ -74,7 +79,7 @@ def config_from_dict(d: Mapping[str, Any], where: str = "config") -> Config:
         raise ValueError(f"{where}: {error}") from None
 
 
-class _Json:
+class _Given:
     """The fields of a config.json by Llama's keys, each checked when it is read."""
 
     def __init__(self, d: Mapping[str, Any]) -> None:
@@ -109,8 +114,8 @@ def _checked(name: str, value: Any, key: str) -> Any:
 
 def _fields(d: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json -> the fields of a Config."""
-    json = _Json(d)
-    architecture, get, need = json.architecture, json.get, json.need
+    given = _Given(d)
+    architecture, get, need = given.architecture, given.get, given.need
     for option, message in _UNSUPPORTED.items():
         if d.get(option):
             raise ValueError(message)
@@ -127,22 +132,22 @@ def _fields(d: Mapping[str, Any]) -> dict[str, Any]:
         "heads": heads,
         "kv_heads": get("num_key_value_heads") or heads,
         "head_dim": get("head_dim") or hidden // heads,
-        "activation": _read_activation(json),
+        "activation": _read_activation(given),
         "eps": need("rms_norm_eps"),
         "tied": get("tie_word_embeddings") or False,
         "max_positions": need("max_position_embeddings"),
         "bos_token_id": get("bos_token_id"),
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
         "pad_token_id": get("pad_token_id"),
-        "windows": _read_windows(json, layers),
-        **(_read_rope(json) if architecture.positions is None else {}),
+        "windows": _read_windows(given, layers),
+        **(_read_rope(given) if architecture.positions is None else {}),
         **architecture.fixed,
         **{option: get(option) for option in architecture.options if get(option) is not None},
     }
 
 
-def _read_activation(json: _Json) -> str:
-    activation, architecture = json.get("hidden_act"), json.architecture
+def _read_activation(given: _Given) -> str:
+    activation, architecture = given.get("hidden_act"), given.architecture
     supported = [name for name in _ACTIVATIONS if architecture.gated or name != "silu"]
     if activation not in supported:
         names = ", ".join(f'"{name}"' for name in supported)
@@ -150,13 +155,13 @@ def _read_activation(json: _Json) -> str:
     return _ACTIVATIONS[activation]
 
 
-def _read_windows(json: _Json, layers: int) -> tuple[int | None, ...] | None:
+def _read_windows(given: _Given, layers: int) -> tuple[int | None, ...] | None:
     """Each layer's sliding window, None where it has none; None if no layer has one."""
-    sliding, types = json.architecture.sliding, json.get("layer_types")
+    sliding, types = given.architecture.sliding, given.get("layer_types")
     if sliding is None:
         return None
-    window = None if sliding == "upper" and not json.get("use_sliding_window") else json.get("sliding_window")
-    first = json.need("max_window_layers") if sliding == "upper" and window is not None else 0
+    window = None if sliding == "upper" and not given.get("use_sliding_window") else given.get("sliding_window")
+    first = given.need("max_window_layers") if sliding == "upper" and window is not None else 0
     usual = []
     for i in range(layers):
         slides = i % 2 == 0 if sliding == "even" else window is not None and i >= first
@@ -174,22 +179,22 @@ def _read_windows(json: _Json, layers: int) -> tuple[int | None, ...] | None:
     return windows if any(w is not None for w in windows) else None
 
 
-def _read_rope(json: _Json) -> dict[str, Any]:
+def _read_rope(given: _Given) -> dict[str, Any]:
     """rope_theta, partial_rotary_factor and rope_scaling, from rope_parameters or the older keys."""
-    rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters: expected an object, got {shown(rope)}")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError("rope_parameters: one set for each kind of layer is not supported")
     rope = {key: _checked(key, value, key) for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", json.get("partial_rotary_factor")) or 1.0
-    if json.d["model_type"] == "phi3":
+    partial = rope.get("partial_rotary_factor", given.get("partial_rotary_factor")) or 1.0
+    if given.d["model_type"] == "phi3":
         kind = "longrope" if kind in ("su", "yarn") else kind  # its older names
     elif partial != 1:
-        raise ValueError(f'partial_rotary_factor: {partial} is not supported with model_type "{json.d["model_type"]}"')
-    theta, longest = json.get("rope_theta"), json.need("max_position_embeddings")
-    original = json.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        raise ValueError(f'partial_rotary_factor: {partial} is not supported with model_type "{given.d["model_type"]}"')
+    theta, longest = given.get("rope_theta"), given.need("max_position_embeddings")
+    original = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     rope["original_max_position_embeddings"] = original = original or longest
     if kind in ("yarn", "longrope"):
         rope.setdefault("factor", longest / original)

@@ -14,7 +14,7 @@ BUNDLED = Path(__file__).parent.parent / "assets"  # the directory of the bundle
 
 # What is downloaded: what is read here and what goes along with a model, and never what is pickled. A directory inside
 # holds another format's copy.
-FILES = ["config.json", *COMPANIONS, "model*.safetensors", INDEX]
+FILES = ["config.json", *(name for name in COMPANIONS if "/" not in name), "model*.safetensors", INDEX]
 NOT_FILES = ["*/*", *(f"*{suffix}" for suffix in PICKLED)]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -40,9 +40,13 @@ def model_directory(model: str | Path) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
-
     asked = repo + (f"@{revision}" if revision else "")
+    try:
+        from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{asked}: no such directory, and huggingface_hub, which downloads models, is missing"
+        ) from None
     elsewhere = f"download it where you can with `hf download {repo} --local-dir DIR` and give DIR"
     try:
         path = Path(

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import cut, shown
 from .reading import FLOATS, PICKLED, UNPICKLE, Entry, read_json, read_tensor, read_weights_header
-from .writing import copy_file, naming, raw, safetensors_header, write_json
+from .writing import copy_file, naming, raw, safetensors_header, target, write_json
 
-# What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. It is not read.
+# What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. Not read.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors")
-# What belongs to a model besides its config.json and weights, and goes where a model made from it goes. Not its README,
+# What belongs to a model besides its config.json and weights, and is copied to a model made from it. Not its README,
 # which describes the weights.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -33,17 +34,17 @@ COMPANIONS = (
 def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a Hugging Face model directory, file after file, one in memory at a time.
 
-    Nothing is read before every file's header was and they agree. Raises FileNotFoundError where there is no
-    safetensors file, and ValueError for one that cannot be read, a tensor that is not of `dtypes` (floats of 16, 32
-    or 64 bits), or an index and shards that do not say the same.
+    The headers of all files are read first. Raises FileNotFoundError where there is no safetensors file, and ValueError
+    for one that cannot be read, a tensor that is not of `dtypes` (floats of 16, 32 or 64 bits), or an index and shards
+    that disagree.
     """
     for name, (path, entry) in locate(Path(directory), dtypes).items():
         yield name, read_tensor(path, entry)
 
 
 def outline(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
-    """`read_model` without the numbers: arrays of the right shapes and dtypes that take no memory, all zeros. What a
-    model's tensors are is known from the headers, before the first of them is read."""
+    """`read_model` without the numbers: arrays of the right shapes and dtypes, all zeros, that take no memory. Only the
+    headers are read."""
     for name, (_, entry) in locate(Path(directory), dtypes).items():
         yield name, np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
 
@@ -54,7 +55,7 @@ def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path,
     if file.name == WEIGHTS:
         if not file.is_file() and any(directory.glob("model-*-of-*.safetensors")):
             index = directory / INDEX
-            raise FileNotFoundError(f"{index}: no such file; without it the shards beside it cannot be told whole")
+            raise FileNotFoundError(f"{index}: no such file; without it nobody knows whether the shards are complete")
         return {name: (file, entry) for name, entry in read_weights_header(file, dtypes, BUFFERS).items()}
     found: dict[str, tuple[Path, Entry]] = {}
     for shard, names in read_index(file).items():
@@ -64,11 +65,11 @@ def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path,
             if name in found:
                 raise ValueError(f"{path}: holds {name}, which {found[name][0].name} holds too")
             if name not in names:
-                raise ValueError(f"{path}: holds {name}, which {INDEX} does not say")
+                raise ValueError(f"{path}: holds {name}, which {INDEX} does not name")
             found[name] = path, entry
         missing = sorted(name for name in names - entries.keys() if not name.endswith(BUFFERS))
         if missing:
-            raise ValueError(f"{path}: lacks {missing[0]}, which {INDEX} says it holds")
+            raise ValueError(f"{path}: lacks {cut(missing[0], 200)}, which {INDEX} says it holds")
     return found
 
 
@@ -81,7 +82,7 @@ def weights_file(directory: Path) -> Path:
 def read_index(path: Path) -> dict[str, set[str]]:
     """The shards that an index names, sorted, and the tensors that it says each holds.
 
-    Raises ValueError for one without a weight_map, and for a shard that is no safetensors file in the same directory.
+    Raises ValueError for an index without a weight_map, and for a shard that is not a safetensors file beside it.
     """
     wanted = read_json(path).get("weight_map")
     if not isinstance(wanted, dict) or not wanted or not all(isinstance(shard, str) for shard in wanted.values()):
@@ -91,7 +92,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
         if Path(shard).suffix in PICKLED:
             raise ValueError(f"{path.parent / shard}: {UNPICKLE}")
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{path}: {shard!r} is no safetensors file beside it")
+            raise ValueError(f"{path}: weight_map: expected safetensors files beside it, got {shown(shard)}")
     for name, shard in wanted.items():
         shards[shard].add(name)
     return shards
@@ -103,12 +104,12 @@ def read_index(path: Path) -> dict[str, set[str]]:
 def parse_size(size: int | str) -> int:
     """Bytes of a shard's size: a whole number, or text such as "5GB" or "500MB" (decimal, as in transformers).
 
-    Raises ValueError for any other.
+    Raises ValueError for anything else.
     """
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
     n = int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]] if match else 0
     if n < 1 or isinstance(size, bool):
-        raise ValueError(f'a shard\'s size must be a number of bytes or such as "5GB", not {size!r}')
+        raise ValueError(f'max_shard_size: expected a number of bytes, or text such as "5GB", got {shown(size)}')
     return n
 
 
@@ -116,12 +117,12 @@ def write_model(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shar
     """Write (name, array) as model.safetensors, or as shards of at most `shard_bytes` and an index -> bytes of tensors.
 
     `directory` is one of `writing.together` or `writing.new_directory`. A tensor that follows another and begins with
-    its name, as bitsandbytes' parts do, is put in the same shard. Raises ValueError for a name that comes twice.
+    its name, as bitsandbytes' parts do, is put in the same shard. Raises ValueError for a name that appears twice.
     """
     shards, weight, seen = [_Shard(directory / "0.part")], "", set()
     for name, array in tensors:
         if name in seen:
-            raise ValueError(f"{directory}: {name} comes twice")
+            raise ValueError(f"{target(directory)}: {name} appears twice")
         seen.add(name)
         if not name.startswith(weight + "."):
             weight = name

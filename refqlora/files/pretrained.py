@@ -1,5 +1,5 @@
-"""A model's directory, as transformers writes it, to a config and parameters and back: what `Model.from_pretrained` and
-`Model.save_pretrained` do."""
+"""A model's directory to a config and parameters, and back: what `Model.from_pretrained` and `Model.save_pretrained`
+do. Names and layout of the tensors are translated here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import finite, shown
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..lora import Weight
@@ -18,17 +19,19 @@ from ..quantization import quantize as to_4_bits  # `quantize` is an option's na
 from . import bnb, model_files
 from .config_json import config_to_dict, read_config, read_generation_config
 from .hub import model_directory
-from .writing import together, write_json
+from .reading import FLOATS
+from .writing import target, together, write_json
 
 
 def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, dict[str, Weight]]:
     """The config and parameters of `model`, a directory or a hub's id, as `Model.from_pretrained` describes them.
 
-    What is missing, unexpected or misshapen is found in the files' headers, before the first tensor is read (in
-    bitsandbytes' files, whose weights come in parts, at the end).
+    A tensor that is missing, unexpected or misshapen is found in the files' headers, before the first is read; in
+    bitsandbytes' files, whose weights come in parts, at the end.
     """
     if quantize not in (None, *CODEBOOKS):
-        raise ValueError(f"quantize must be None or one of {', '.join(CODEBOOKS)}, not {quantize!r}")
+        raise ValueError(f"quantize: expected None or one of {', '.join(CODEBOOKS)}, got {shown(quantize)}")
+    _check_dtype(dtype)
     path = model_directory(model)
     (config, d), where = read_config(path), str(path / "config.json")
     if eos := read_generation_config(path).get("eos_token_id"):
@@ -37,11 +40,9 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
         raise ValueError(f"{where}: is quantised already, not to {quantize}: give quantize=None or --no-quantize")
 
-    shapes, linears = config.shapes(), {name + ".weight" for name in config.linears()}
-    expected = shapes | ({"lm_head.weight": shapes[config.head]} if config.tied else {})  # some writers keep a copy
     if stored is None:
-        outline = dict(from_file(config, *item) for item in model_files.outline(path))
-        _check(outline, expected, config.tied, path)
+        check_tensors(path, config)
+    linears = {name + ".weight" for name in config.linears()}
     params: dict[str, Weight] = {}
     for name, tensor in bnb.read_model(path, stored):
         name, tensor = from_file(config, name, tensor)
@@ -54,18 +55,16 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         elif quantize and stored is None and name in linears:
             params[name] = to_4_bits(tensor, CODEBOOKS[quantize], name=f"{path}: {name}")
         elif (quantize or stored) and tensor.ndim > 1 and tensor.dtype.itemsize == 2:
-            params[name] = tensor
+            params[name] = finite(f"{path}: {name}", tensor)
         else:
-            params[name] = np.ascontiguousarray(tensor, dtype)
+            params[name] = np.ascontiguousarray(finite(f"{path}: {name}", tensor, dtype))
         del tensor  # before the next is read
-    _check(params, expected, config.tied, path)
-    copy = params.pop("lm_head.weight") if config.tied and "lm_head.weight" in params else None
-    same = not isinstance(copy, QuantizedTensor) and (
-        copy is None or all(map(np.array_equal, copy, params[config.head]))
-    )
-    if not same:
-        raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
-    return config, {name: params[name] for name in shapes}
+    _check(params, path, config)
+    if config.tied and "lm_head.weight" in params:
+        copy, embedding = params.pop("lm_head.weight"), np.asarray(params[config.head])
+        if isinstance(copy, QuantizedTensor) or not all(map(np.array_equal, copy, embedding)):
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
+    return config, {name: params[name] for name in config.shapes()}
 
 
 def save(
@@ -80,9 +79,10 @@ def save(
 
     base: the directory of the model that this one was made from, of the same shapes. Its tokenizer and other companions
     (`model_files.COMPANIONS`) are copied, and its config.json is written with nothing changed but the dtype and the
-    quantization_config.
+    quantization_config. Raises ValueError naming the tensor that `dtype` does not hold.
     """
     path = Path(path)
+    _check_dtype(dtype)
     shard_bytes = model_files.parse_size(max_shard_size)
     quantization = bnb.config_of(params, config.linears(), dtype)
     if base is None:
@@ -91,7 +91,7 @@ def save(
         d = read_config(base)[1]
         d.pop("quantization_config", None)
         d |= dict.fromkeys(d.keys() & {"dtype", "torch_dtype"} or {"dtype"}, np.dtype(dtype).name)
-    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype)
+    tensors = bnb.disassemble(dict(to_file(config, *item) for item in params.items()), dtype, str(target(path)))
     with together(path, last="config.json", instead_of=model_files.WEIGHT_FILES) as new:
         if base is not None:
             model_files.copy_companions(base, new)
@@ -99,13 +99,28 @@ def save(
         write_json(new / "config.json", d | quantization)
 
 
-def _check(found: Mapping[str, Any], expected: dict[str, tuple[int, ...]], tied: bool, path: Path) -> None:
-    if tied and "lm_head.weight" not in found:
-        expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
+def _check_dtype(dtype: Any) -> None:
+    if np.dtype(dtype) not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {np.dtype(dtype)}")
+
+
+def check_tensors(path: Path, config: Config) -> None:
+    """Raise ValueError that names what is missing, unexpected or misshapen in a dense model's files; only their headers
+    are read."""
+    _check(dict(from_file(config, *item) for item in model_files.outline(path)), path, config)
+
+
+def _check(found: Mapping[str, Any], path: Path, config: Config) -> None:
+    expected = config.shapes()
+    if config.tied and "lm_head.weight" in found:  # some writers keep a copy of the embedding
+        expected["lm_head.weight"] = expected[config.head]
     check_shapes(found, expected, str(path))
 
 
-def from_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
+# ---- names and layout ------------------------------------------------------------------------------------------
+
+
+def from_file(config: Config, name: str, tensor: Weight) -> tuple[str, Weight]:
     """One tensor of a model file -> its name and layout here.
 
     Here every name is that of the model with its output head (a base model saved without it lacks the prefix), and
@@ -118,12 +133,12 @@ def from_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
     return name, _turned(config, name, tensor)
 
 
-def to_file(config: Any, name: str, tensor: Any) -> tuple[str, Any]:
+def to_file(config: Config, name: str, tensor: Weight) -> tuple[str, Weight]:
     """A parameter -> the name and layout that a file has for it: the inverse of `from_file`."""
     return name, _turned(config, name, tensor)
 
 
-def _turned(config: Any, name: str, tensor: Any) -> Any:
+def _turned(config: Config, name: str, tensor: Weight) -> Weight:
     linear = name.removesuffix(".weight")
     if not config.architecture.conv1d or linear == name or linear not in config.linears():
         return tensor

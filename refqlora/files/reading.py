@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ..checks import cut, shown
+
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
@@ -31,7 +33,7 @@ FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32,
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises FileNotFoundError or ValueError that name the file; a key given twice is an error."""
     try:
-        value = _parse(Path(path).read_bytes())
+        value = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:
@@ -41,14 +43,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse(data: bytes) -> Any:
-    """JSON in UTF-8. Raises ValueError for anything else, and for a key that an object has twice."""
+def parse_json(data: bytes) -> Any:
+    """JSON in UTF-8. Raises ValueError for anything else, and for a key that appears twice in an object."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = set()
         for key, _ in pairs:
             if key in keys:
-                raise ValueError(f"the key {json.dumps(key)} is there twice")
+                raise ValueError(f"the key {shown(key)} appears twice")
             keys.add(key)
         return dict(pairs)
 
@@ -59,7 +61,7 @@ def _parse(data: bytes) -> Any:
 
 
 class _UnknownDtype(ValueError):
-    """The file is as it should be, but NumPy has no such dtype."""
+    """The file may be valid, but NumPy has no such dtype."""
 
 
 class Entry(NamedTuple):
@@ -78,8 +80,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """What a safetensors file holds: each tensor by its name, in the order in which they lie, and the metadata.
 
     The format (huggingface/safetensors, README): 8 bytes, the header's length; the header, JSON; the tensors' bytes,
-    without a gap. Raises FileNotFoundError, or ValueError that names the file and the tensor at fault, unless all
-    that the header says of names, dtypes, shapes and offsets agrees and fills the file to its last byte.
+    without a gap. Raises FileNotFoundError, or ValueError that names the file and the tensor at fault, unless the
+    names, dtypes, shapes and offsets of the header agree and fill the file to its last byte.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,8 +92,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header = file.read(length) if 8 + length <= size and length <= MAX_HEADER else None
     try:
         if header is None:
-            raise ValueError(f"{size} bytes cannot hold a header of {length}" if size >= 8 else f"of {size} bytes")
-        return _check_header(_parse(header), 8 + length, size)
+            raise ValueError(f"{size} bytes cannot hold a header" + (f" of {length}" if size >= 8 else ""))
+        return _check_header(parse_json(header), 8 + length, size)
     except _UnknownDtype as error:
         raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
@@ -101,25 +103,29 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """`read_header` of what JSON has read; the tensors lie in the bytes from `start` to `size`."""
     if not isinstance(header, dict):
-        raise ValueError(f"the header is no object but {type(header).__name__}")
+        raise ValueError(f"the header is a {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the metadata are not text by name")
+        raise ValueError("the metadata: expected an object of texts")
     for name, fields in header.items():
+        if len(name) > 1000:
+            raise ValueError(f"{cut(name, 60)}: a name of {len(name)} characters")
         if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{name} has not the fields dtype, shape and data_offsets")
+            raise ValueError(f"{name}: expected the fields dtype, shape and data_offsets, got {shown(fields)}")
         for field in ("shape", "data_offsets"):
             numbers = fields[field] if isinstance(fields[field], list) else [None]
             if len(numbers) > 32 or not all(type(n) is int and n >= 0 for n in numbers):
-                raise ValueError(f"{name} has {field} {json.dumps(fields[field])[:80]}")
+                raise ValueError(f"{name} has {field} {shown(fields[field])}")
         if not isinstance(fields["dtype"], str) or fields["dtype"] not in STORED_DTYPES:
-            raise _UnknownDtype(f"{name} is {fields['dtype']}, expected one of {', '.join(STORED_DTYPES)}")
+            raise _UnknownDtype(f"{name} is {shown(fields['dtype'])}, expected one of {', '.join(STORED_DTYPES)}")
+        if math.prod(n or 1 for n in fields["shape"]) >= 2**59:  # NumPy holds no such shape, not even of 0 elements
+            raise ValueError(f"{name} has shape {shown(fields['shape'])}")
     entries, at = {}, 0
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = STORED_DTYPES[fields["dtype"]], tuple(fields["shape"])
         stop = at + math.prod(shape) * dtype.itemsize
         if fields["data_offsets"] != [at, stop]:
-            found = f"{fields['data_offsets']} instead of {[at, stop]}"
+            found = f"{shown(fields['data_offsets'])} instead of {[at, stop]}"
             raise ValueError(f"{name}, {dtype} of shape {shape}, takes the bytes {found}")
         entries[name] = Entry(dtype, shape, start + at)
         at = stop
@@ -133,7 +139,7 @@ def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     count as the process's own for as long as it is open."""
     flat = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
     if flat.size != entry.nbytes:
-        raise ValueError(f"{path}: has become shorter while it was read")
+        raise ValueError(f"{path}: became shorter while it was read")
     return flat.view(entry.dtype).reshape(entry.shape)
 
 
@@ -151,8 +157,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_weights_header(
     path: Path, dtypes: Sequence[np.dtype] = FLOATS, skip: tuple[str, ...] = ()
 ) -> dict[str, Entry]:
-    """The tensors in a file that others made, but those whose names end in one of `skip`: no pickle stands in for the
-    file, and every tensor is of `dtypes`."""
+    """The tensors in a file that others made, without those whose names end in one of `skip`.
+
+    Raises what `read_header` raises, and ValueError for a tensor that is not of `dtypes`, and where the file is not
+    there but a pickled one is.
+    """
     path = Path(path)
     if not path.is_file():
         pickled = sorted(file for file in path.parent.glob("*") if file.suffix in PICKLED)

@@ -57,7 +57,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     path = Path(path)
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED_NAMES:
-            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(str, STORED_NAMES))}, got {tensor.dtype}")
+            raise ValueError(
+                f"{target(path)}: {name}: expected one of {', '.join(map(str, STORED_NAMES))}, got {tensor.dtype}"
+            )
     header, order = safetensors_header({name: (x.dtype, x.shape) for name, x in tensors.items()}, metadata or {})
     with together(path.parent) as new, naming(path), open(new / path.name, "wb") as file:
         file.write(header)
@@ -267,17 +269,19 @@ def _lock(number: int) -> bool:
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
+def target(path: Path) -> Path:
+    """What a path in a temporary directory of `together`, or the directory itself, is to become."""
+    return Path(*(part for part in Path(path).parts if not _STAGED.fullmatch(part)))
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError in the block says "PATH: No space left on device", of the file that `path` is or will be."""
-    path = Path(path)
-    if _STAGED.fullmatch(path.parent.name):
-        path = path.parent.parent / path.name
     try:
         yield
     except OSError as error:
         if error.strerror is None:  # it has a message of ours
             raise
-        named = type(error)(f"{path}: {error.strerror}")
+        named = type(error)(f"{target(path)}: {error.strerror}")
         named.errno = error.errno
         raise named from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +34,7 @@ def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "ties nf4": ties(NF4),
         "ties fp4": ties(FP4),
         "ordinary": normal[:31, :31].copy(),  # odd, rows across blocks, a last block that is not full
-        "one": np.float32([0.3]),
+        "one": np.array([0.3], np.float32),
         "odd": normal.reshape(-1)[:65].copy(),
         "full blocks": normal[:8].copy(),
         "three dimensions": normal.reshape(-1)[: 3 * 5 * 7].reshape(3, 5, 7).copy(),
@@ -44,7 +44,7 @@ def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "zeros": np.zeros((3, 40), np.float32),
     }
     block = normal.reshape(-1, 64)
-    singular = {
+    singular: dict[str, tuple[Any, float]] = {
         "zero block": (0, 0.0),
         "outlier": (slice(7, 8), 1e4),
         "minus zero": (slice(0, None, 2), -0.0),
@@ -85,7 +85,11 @@ def random_cases(rng: np.random.Generator, size: int) -> Iterator[tuple[Case, np
         shape = [(n,), (int(n**0.5), int(n**0.5)), (-(-n // 96), 96)][rng.integers(3)]
         dtype = WEIGHT_DTYPES[rng.integers(3)]
         scale = 10 ** rng.uniform(-4, 1) if dtype == np.float16 else 10 ** rng.uniform(-12, 12)
-        draw = [rng.standard_normal, lambda s: rng.standard_t(3, s), lambda s: rng.uniform(-1, 1, s)]
+        draw: list[Callable[..., Any]] = [
+            rng.standard_normal,
+            lambda s: rng.standard_t(3, s),
+            lambda s: rng.uniform(-1, 1, s),
+        ]
         w = (draw[rng.integers(3)](shape) * scale).astype(np.float32)
         w = np.clip(w, -6e4, 6e4).astype(dtype) if dtype == np.float16 else w.astype(dtype)
         kind = ("nf4", "fp4")[rng.integers(2)]
@@ -124,7 +128,7 @@ def ties(codebook: np.ndarray) -> np.ndarray:
     block[-1] = 1
     negative = block.copy()
     negative[-1] = -1
-    scales = np.float32([0.25, 0.7, 1.3, 1e-3, 1e3])
+    scales = np.array([0.25, 0.7, 1.3, 1e-3, 1e3], np.float32)
     return np.concatenate([block, negative, *(block * s for s in scales), block[1:]])
 
 

@@ -153,23 +153,30 @@ def run(check: Check, seed: int = 0, size: int = SIZES["medium"], recorded: bool
     largest = sum(parts.values()) if exact else parts[worst]
     ok = largest <= check.bound
     notes = ([] if ok else [f"most in {worst}"]) + ([outcome.note] if outcome.note and (exact or not ok) else [])
-    found = {"largest": largest, "elements": outcome.elements, "parts": parts, "note": "; ".join(notes)}
-    return line(OK if ok else DIFFERS, **found)
+    note = "; ".join(notes)
+    return line(OK if ok else DIFFERS, largest=largest, elements=outcome.elements, parts=parts, note=note)
 
 
 def _against(check: Check, live: bool) -> str:
-    versions = {name: installed(name) for name in check.libraries} if live else read_metadata(check.record)
+    versions = {name: installed(name) for name in check.libraries} if live else read_metadata(_recording(check))
     names = " + ".join(f"{name} {versions[name]}" for name in check.libraries)
     return f"{names} live" if live else f"recorded {names}"
 
 
+def _recording(check: Check) -> Path:
+    if check.record is None:
+        raise ValueError(f"{check.name}: there is no recording of it")
+    return check.record
+
+
 def read_recorded(check: Check) -> Observed:
     """What was observed when the recording was made."""
-    tensors = dict(read_tensors(check.record))
-    if check.record == VECTORS:
+    path = _recording(check)
+    tensors = dict(read_tensors(path))
+    if path == VECTORS:
         return tensors
-    same = dict(pair.split(" = ") for pair in read_metadata(check.record)["same"].split("\n"))
-    tensors |= {name: tensors[stored] for name, stored in same.items()}
+    same = [pair.split(" = ") for pair in read_metadata(path)["same"].split("\n")]
+    tensors |= {name: tensors[stored] for name, stored in same}
     return decoders.group(tensors, check.name)
 
 

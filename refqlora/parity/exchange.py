@@ -6,6 +6,7 @@ there is no recording of them. Observed are our tensors and logits and theirs, u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,9 +76,7 @@ def observe_4bit_files(seed: int, size: int) -> Observed:
     return _observed(ours, weights, oracles.dequantised(theirs), theirs, seed)
 
 
-def _observed(
-    ours: Model, mine: dict[str, np.ndarray], found: dict[str, np.ndarray], theirs: Any, seed: int
-) -> Observed:
+def _observed(ours: Model, mine: Mapping[str, Any], found: dict[str, np.ndarray], theirs: Any, seed: int) -> Observed:
     from . import oracles
 
     tokens, _ = batch(seed, ours.config.vocab_size)

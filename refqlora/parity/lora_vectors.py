@@ -19,15 +19,15 @@ DROPOUT = 0.25
 def inputs(seed: int) -> dict[str, dict[str, np.ndarray]]:
     """{case: {x (N, in), W (out, in), A (r, in), B (out, r), dy (N, out), scale (), keep bool (N, in), dropout ()}}."""
     rng = np.random.default_rng(seed)
-    cases = {}
+    cases: dict[str, dict[str, np.ndarray]] = {}
     for case, (n, i, o, r) in SIZES.items():
         shapes = {"x": (n, i), "W": (o, i), "A": (r, i), "B": (o, r), "dy": (n, o)}
         cases[case] = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
         if case == "B zero":
             cases[case]["B"][...] = 0
-        cases[case]["scale"] = np.float32(SCALES[case])
+        cases[case]["scale"] = np.array(SCALES[case], np.float32)
         cases[case]["keep"] = rng.random((n, i)) >= DROPOUT
-        cases[case]["dropout"] = np.float32(DROPOUT)
+        cases[case]["dropout"] = np.array(DROPOUT, np.float32)
     return cases
 
 
@@ -35,7 +35,7 @@ def observe(seed: int) -> dict[str, np.ndarray]:
     """lora/CASE/NAME: the inputs, y, dx, dA and dB; and the same with dropout, dropped_y, dropped_dx, ..."""
     import torch
 
-    observed = {}
+    observed: dict[str, np.ndarray] = {}
     for case, given in inputs(seed).items():
         observed |= {f"lora/{case}/{name}": x for name, x in given.items()}
         x, w, a, b, dy = (torch.from_numpy(given[name]).double() for name in ("x", "W", "A", "B", "dy"))

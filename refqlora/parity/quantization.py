@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..codebooks import DYNAMIC, FP4, NF4, _linspace, dynamic_map
+from ..minimal import to_codes
 from ..quantization import NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize, quantize_constants
 from .cases import CODEBOOKS, Case, awkward_cases, awkward_tensors, constants, random_cases
 from .differences import Outcome, differing, relative_difference
@@ -98,8 +99,8 @@ def observe_rows(seed: int, size: int) -> Observed:
 
 def observe_8bit(seed: int, size: int) -> Observed:
     """Constants quantised a second time: as bitsandbytes does on a CPU, with its offset."""
-    rng, observed = np.random.default_rng(seed), {}
-    for name, absmax in constants(rng, max(1000, size // 64)).items():
+    observed: Observed = {}
+    for name, absmax in constants(np.random.default_rng(seed), max(1000, size // 64)).items():
         observed |= quantise_8bit(name, absmax)
     return observed
 
@@ -229,12 +230,12 @@ def compare_binned(observed: Observed) -> Outcome:
 
 
 def compare_nearest(observed: Observed) -> Outcome:
-    """nested="nearest": the definition, which bitsandbytes meets on CUDA but not on a CPU."""
+    """nested="nearest": the definition in minimal.py, which bitsandbytes meets on CUDA but not on a CPU."""
     found, missed, offsets = [], "", 0.0
     for name, theirs in constants_cases(observed):
         absmax, offset = theirs["absmax"], np.float32(theirs["offset"])
         codes, nested_absmax, _ = quantize_constants(absmax, offset=offset)
-        defined = nearest_constants(absmax - offset, nested_absmax)
+        defined, _ = to_codes(absmax - offset, DYNAMIC, NESTED_BLOCK)
         found.append(("codes", codes, defined))
         expected = theirs["nested_absmax"].copy()
         if absmax.size % NESTED_BLOCK:  # of a last block of zeros that is not full, ours is 1e-38 as for 4 bits
@@ -248,22 +249,11 @@ def compare_nearest(observed: Observed) -> Outcome:
     return outcome._replace(parts=outcome.parts | {"offset": float(offsets > 1e-6)})
 
 
-def nearest_constants(x: np.ndarray, nested_absmax: np.ndarray) -> np.ndarray:
-    """The definition, uint8 (blocks,): of the dynamic map's values the one nearest to x / nested_absmax, in float32
-    as for 4 bits: the reciprocal in full blocks of 256, a division in the last, a tie to the lower."""
-    codes = np.empty(x.size, np.uint8)
-    for start in range(0, x.size, NESTED_BLOCK):
-        block = x[start : start + NESTED_BLOCK]
-        least = np.maximum(nested_absmax[start // NESTED_BLOCK], np.float32(1e-38))
-        scaled = block * (np.float32(1) / least) if block.size == NESTED_BLOCK else block / least
-        codes[start : start + NESTED_BLOCK] = np.searchsorted((DYNAMIC[1:] + DYNAMIC[:-1]) / np.float32(2), scaled)
-    return codes
-
-
-TORCHAO = np.float32(
+TORCHAO = np.array(
     [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
-    + [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1]
-)  # fmt: skip
+    + [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1],
+    np.float32,
+)
 
 
 def compare_torchao(observed: Observed) -> Outcome:

@@ -9,11 +9,14 @@ libraries' versions and the seed in their metadata. Needs every library.
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import numpy as np
 
+from ..codebooks import DYNAMIC
 from ..files.writing import write_tensors
-from ..quantization import BLOCK_SIZES
+from ..minimal import to_codes
+from ..quantization import BLOCK_SIZES, NESTED_BLOCK
 from . import lora_vectors, quantization
 from .cases import large_cases, large_tensors
 from .checks import CHECKS, RECORDED, VECTORS, installed, quiet
@@ -36,12 +39,14 @@ def main() -> None:
             del tensors[name]  # packed, absmax and "block sizes" of 32 say as much
         tensors |= quantization.observe_8bit(SEED, SIZE) | lora_vectors.observe(SEED)
     for name, parts in list(quantization.constants_cases(tensors)):
-        x = parts["absmax"] - parts["offset"]
-        tensors[f"8bit/{name}/nearest"] = quantization.nearest_constants(x, parts["nested_absmax"])
+        codes, _ = to_codes(parts["absmax"] - parts["offset"], DYNAMIC, NESTED_BLOCK)
+        tensors[f"8bit/{name}/nearest"] = codes
     write_tensors(VECTORS, tensors, about)
     print(f"{VECTORS.name}: {len(tensors)} tensors, {VECTORS.stat().st_size:,} bytes")
 
-    tensors, same, first = {}, {}, {}
+    tensors = {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}  # where a content is stored
     for check in CHECKS:
         if check.record != RECORDED:
             continue

@@ -284,7 +284,7 @@ BAD = [
     (FINETUNE + "--model broken-config", "broken-config/config.json: not valid JSON"),
     (FINETUNE + "--model listed-config", "listed-config/config.json: expected a JSON object, found list"),
     (FINETUNE + "--model no-config", "no-config/config.json: no such file"),
-    (FINETUNE + "--model mamba", "mamba/config.json: model_type: 'mamba' is not supported"),
+    (FINETUNE + "--model mamba", "mamba/config.json: model_type: .mamba. is not supported"),
     (FINETUNE + "--model headless", "headless/config.json: "),
     (FINETUNE + "--model wider", r"wider: model\.\S+ has shape \(.*\), expected \("),
     (FINETUNE + "--model no-weights", "no-weights/model.safetensors: no such file"),
@@ -295,7 +295,7 @@ BAD = [
     (FINETUNE + "--model no-end", "no-end: a token must end every text: the model's eos_token_id is None"),
     (
         FINETUNE + "--model empty-end",
-        r"empty-end/config\.json: eos_token_id: expected a token or a list of tokens, got \[\]",
+        r"empty-end/config.json: eos_token_id: expected a token .*, got \[\]",
     ),
     (FINETUNE + "--model far-end", "far-end: a token must end every text: .* is 300"),
     (
@@ -313,7 +313,7 @@ BAD = [
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (
         FINETUNE + "--alpha-pattern lm_head=2",
-        "alpha_pattern: expected names of linears that have an adapter, got 'lm_head'",
+        "alpha_pattern: expected names of linears .*, got 'lm_head'",
     ),
     (FINETUNE + "--rank 0", "--rank: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
@@ -369,9 +369,9 @@ BAD = [
     (GENERATE + "--prompt \udcff", "expected text, got half of a surrogate pair"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
     ("demo --steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
-    ("demo --out text.txt", "File exists: 'text.txt'"),
-    ("compare --out text.txt", "File exists: 'text.txt'"),
-    ("pretrain --out text.txt", "File exists: 'text.txt'"),
+    ("demo --out text.txt", "text.txt: File exists"),
+    ("compare --out text.txt", "text.txt: File exists"),
+    ("pretrain --out text.txt", "text.txt: File exists"),
     ("pretrain --out out --lr nan", "lr: expected a number from 0 to 1e.300, got nan"),
 ]
 
@@ -403,9 +403,7 @@ def test_a_place_that_may_not_be_written_to_for_anyone(place, capsys, monkeypatc
     monkeypatch.setattr(Path, "mkdir", refuse)
     for argv in (FINETUNE, "demo --out out", "compare --out out", "pretrain --out out"):
         assert call(*argv.split()) == 2
-        assert re.fullmatch(
-            r"refqlora \w+: (out: |\[Errno 13\] )Permission denied(: 'out')?\n", capsys.readouterr().err
-        )
+        assert re.fullmatch(r"refqlora \w+: out: Permission denied\n", capsys.readouterr().err)
 
 
 def test_a_run_that_diverges_is_told_and_nothing_else(place, capsys, recwarn):

@@ -226,12 +226,12 @@ def test_a_model_that_refqlora_does_not_run(saved):
     config = read_json(saved / "config.json")
     write_json(saved / "config.json", {**config, "model_type": "bert"})
     found = inspect(saved)["model"]
-    assert 'model_type "bert" is not supported' in found["not_supported"]
+    assert "model_type: 'bert' is not supported" in found["not_supported"]
     assert len(found["nf4_error"]) == 14 + 2  # every matrix: it is not known which are linears
     assert "refqlora does not run it" in shown({"model": found})
     method = {"quant_method": "gptq"}
     write_json(saved / "config.json", {**config, "quantization_config": method})
-    assert '"gptq"' in inspect(saved, error=False)["model"]["not_supported"]
+    assert "got 'gptq'" in inspect(saved, error=False)["model"]["not_supported"]
 
 
 def test_no_error_reads_no_numbers(saved, adapter, quantized):
@@ -265,10 +265,19 @@ def test_the_worst_come_first_and_the_rest_are_counted():
     facts = inspect(rq.BUNDLED)
     rows = facts["model"]["nf4_error"]
     text = shown(facts)
-    assert f"{len(rows) - LONGEST} more with --json" in text
+    assert f"{len(rows) - LONGEST} more in a pipe, or with --json" in text
     names = [row["name"].removeprefix("model.").removesuffix(".weight") for row in rows]
     assert text.index(names[0]) < text.index(names[1]) < text.index(names[LONGEST - 1])
     assert f"{names[LONGEST]} " not in text
+
+
+def test_in_a_pipe_a_table_has_all_its_rows(capsys):
+    rows = inspect(rq.BUNDLED)["model"]["nf4_error"]
+    assert len(rows) > LONGEST
+    assert main(["inspect", str(rq.BUNDLED)]) == 0
+    out = capsys.readouterr().out
+    assert all(row["name"].removeprefix("model.").removesuffix(".weight") in out for row in rows)
+    assert " more in a pipe" not in out
 
 
 def test_the_command_prints_tables_or_json(quantized, capsys):
@@ -310,7 +319,7 @@ def test_a_spoilt_model_in_4_bits_is_named_as_when_it_is_loaded(spoil, parts, qu
 
 
 FAULTS = {
-    "nothing there": (lambda d: d.rename(d.parent / "elsewhere"), "no such file or directory"),
+    "nothing there": (lambda d: d.rename(d.parent / "elsewhere"), "model: no such directory"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "cut short": (
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
@@ -350,7 +359,10 @@ ADAPTER_FAULTS = {
     "no A": (without("A"), "has no lora_A.weight"),
     "no B": (without("B"), "has no lora_B.weight"),
     "B turned": (turned, "make no B A"),
-    "not finite": (lambda tensors: next(iter(tensors.values())).fill(np.inf), "not finite"),
+    "not finite": (
+        lambda tensors: next(iter(tensors.values())).fill(np.inf),
+        "lora_A.weight: expected finite numbers, got inf at (0, 0)",
+    ),
 }
 
 
@@ -365,14 +377,88 @@ def test_a_spoilt_adapter_is_named(spoil, part, adapter, capsys):
     assert part in message
 
 
-@pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", None), ("lora_alpha", "32"), ("r", True)])
-def test_an_adapters_config_that_cannot_be_is_named(key, value, adapter, capsys):
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", None), ("lora_alpha", "32"), ("peft_type", "IA3")])
+def test_an_adapter_that_refqlora_does_not_load_is_shown_all_the_same(key, value, adapter, capsys):
     path = adapter / "adapter_config.json"
     write_json(path, {**read_json(path), key: value})
-    assert f'"{key}" must be a positive number' in said(adapter, capsys)
+    found = inspect(adapter)["adapter"]
+    assert found["not_supported"].startswith(f"{path}: {key}")
+    assert "scale" not in found
+    assert "norm_change" in found["matrices"][0]
+    text = shown({"adapter": found})
+    assert f"refqlora does not load it: {path}" in text
+    assert "|B A|" in text
 
 
-@pytest.mark.parametrize("metadata", [{"identity": "{"}, {"identity": "{}"}, {"identity": "[]", "step": "1"}])
+@pytest.mark.parametrize("value", [1, ["a"], {"a": 1}, "x" * 10**5, "a\0b"])
+def test_a_base_that_cannot_be_is_named_or_not_at_hand(value, adapter, capsys):
+    path = adapter / "adapter_config.json"
+    write_json(path, {**read_json(path), "base_model_name_or_path": value})
+    if isinstance(value, str):
+        assert main(["inspect", str(adapter)]) == 0
+        assert len(capsys.readouterr().out) < 10_000
+    else:
+        assert f"{path}: base_model_name_or_path: expected text, got {value!r}" in said(adapter, capsys)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_each_linear_has_its_own_scale(rslora, saved, tmp_path):
+    """rank_pattern and alpha_pattern: the change is what the model computes with."""
+    model = rq.Model.from_pretrained(saved)
+    patterns = {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 0.5, "layers.1.self_attn.q_proj": 40}}
+    model.add_adapter(rank=3, alpha=12, targets=("q_proj", "down_proj"), rslora=rslora, **patterns)
+    rng = np.random.default_rng(0)
+    for p in model.trainable().values():
+        p[...] = rng.standard_normal(p.shape)
+    model.save_adapter(tmp_path / "adapter")
+    found = inspect(tmp_path / "adapter")["adapter"]
+    scales = set()
+    for row in found["matrices"]:
+        w = model.params[row["linear"] + ".weight"]
+        lora = model.adapters["default"].lora(row["linear"])
+        assert row["norm_change"] == pytest.approx(np.linalg.norm(rq.merge(w, lora) - w), rel=1e-5)
+        assert row["scale"] == lora.scale
+        scales.add(lora.scale)
+    assert len(scales) == 3
+    assert f"{min(scales):g} to {max(scales):g}" in shown({"adapter": found})
+
+
+def test_a_config_of_billions_of_layers_is_refused_at_once(saved):
+    write_json(saved / "config.json", {**read_json(saved / "config.json"), "num_hidden_layers": 2**31})
+    found = inspect(saved, error=False)["model"]["not_supported"]
+    assert "config.json: num_hidden_layers: expected a whole number from 1 to 9999, got 2147483648" in found
+
+
+def test_what_a_file_says_is_cut_and_never_obeyed_by_the_terminal(tmp_path, capsys):
+    names = ["[/bold]", "[red]x", "\x1b[2J", "two\nlines", "\ud800", "x" * 999]
+    metadata = {"\x1b[31m": "\x1b[0m", "long": "y" * 10**5, "[/x]": "[/y]", "k" * 10**4: "\n"}
+    header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(len(names)))
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[/bold]" in out
+    assert len(out) < 10_000
+    assert main(["inspect", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"]["metadata"]["long"] == metadata["long"]
+
+
+def test_a_model_by_its_id_on_the_hub(saved, monkeypatch, capsys):
+    monkeypatch.setattr("refqlora.files.hub._download", lambda repo, revision: saved)
+    assert inspect("org/model@main", error=False)["model"] == inspect(saved, error=False)["model"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"identity": "{"},
+        {"identity": "{}"},
+        {"identity": "[]", "step": "1"},
+        {"identity": "[" * 10**5, "step": "1"},
+        {"identity": "{}", "step": "1" * 5000},
+    ],
+)
 def test_a_training_checkpoint_that_is_none(metadata, tmp_path, capsys):
     path = tmp_path / "checkpoint.safetensors"
     write_tensors(path, {"param.x": np.ones(3, ml_dtypes.bfloat16)}, metadata)

@@ -138,7 +138,11 @@ FAULTS = {
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
         ["model.safetensors: not a valid safetensors file"],
     ),
-    "not finite": (lambda d: spoil(d, **{UP: NAN}), [UP, "nan at (3, 5)"]),
+    "a norm not finite": (
+        lambda d: spoil(d, **{"model.norm.weight": np.full(40, np.inf, np.float32)}),
+        ["model.norm.weight: expected finite numbers, got inf at (0,)"],
+    ),
+    "not finite": (lambda d: spoil(d, **{UP: NAN}), [UP, "expected finite numbers, got nan at (3, 5)"]),
     "misshapen": (lambda d: spoil(d, **{UP: np.ones((40, 56), np.float32)}), [UP, "(40, 56)", "(56, 40)"]),
     "missing": (lambda d: spoil(d, **{UP: None}), [UP, "missing"]),
     "unexpected": (lambda d: spoil(d, spare=np.ones(3, np.float32)), ["spare is not expected"]),
@@ -149,7 +153,7 @@ FAULTS = {
     ),
     "another architecture": (
         lambda d: write_json(d / "config.json", {**read_json(d / "config.json"), "model_type": "bert"}),
-        ['config.json: model_type "bert"'],
+        ["config.json: model_type: 'bert'"],
     ),
 }
 
@@ -239,7 +243,7 @@ def test_options_that_make_no_sense(option, saved, tmp_path, capsys):
 
 
 def test_int4_is_for_the_model_only(saved, tmp_path):
-    with pytest.raises(ValueError, match="type must be one of nf4, fp4, not 'int4'"):
+    with pytest.raises(ValueError, match="type: expected one of nf4, fp4, got 'int4'"):
         quantize(saved, tmp_path / "out", kind="int4")
     q = rq.Model.from_pretrained(saved, quantize="int4").params[UP]
     assert q.codebook is CODEBOOKS["int4"]

@@ -2,12 +2,14 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +38,7 @@ LINES = [
     "refqlora info",
     "refqlora parity --recorded --only codebooks --only packing",
     "refqlora inspect {model}",
-    "refqlora generate --model {model} --prompt sacks --max-new-tokens 50",
+    "refqlora generate --model {model} --no-quantize --prompt sacks --max-new-tokens 50",
 ]
 
 
@@ -93,7 +95,8 @@ def test_ctrl_c_is_one_line(message, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "import_module", interrupted)
     assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == f"\nrefqlora demo: interrupted{message and ': ' + message}\n"
+    going_on = f": {message}; to go on: refqlora demo --resume" if message else ""
+    assert capsys.readouterr().err == f"\nrefqlora demo: interrupted{going_on}\n"
 
 
 # ---- tables ----
@@ -116,7 +119,7 @@ def table(rows, **how):
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200, 10_000])
 @pytest.mark.parametrize("how", [{}, {"show_header": False}])
-def test_no_width_cuts_a_cell_or_a_row(width, how):
+def test_no_width_cuts_a_number_or_a_row(width, how):
     out = printed(table(42, **how), width)
     for i in range(42):
         assert f"tensor {i}" in out
@@ -131,6 +134,18 @@ def test_a_narrow_table_is_paragraphs():
     assert printed(table(1), 20).split("\n") == [
         "sizes", "  name   tensor 0", "  bytes  12,345,678", "  share  0.0000", "", "* of all", "",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 60, 80])
+def test_a_name_may_be_folded(width):
+    made = Table(box=SIMPLE, pad_edge=False)
+    made.add_column("name", overflow="fold")
+    made.add_column("bytes", justify="right", no_wrap=True)
+    made.add_row("model.layers.0.self_attn.q_proj.weight", "12,345,678")
+    out = printed(made, width)
+    assert "12,345,678" in out
+    assert "model.layers.0.self_attn.q_proj.weight".startswith(re.search(r"model\S+", out)[0])
+    assert ("name   model" in out) == (width < 33)  # 16 of the name, 10 of the number, and what is between
 
 
 def test_in_a_pipe_no_line_is_broken(monkeypatch):

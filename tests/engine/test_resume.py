@@ -611,7 +611,10 @@ def test_a_checkpoint_that_is_not_finite_is_refused(kind, half):
     edit(lambda tensors, metadata: tensors[name].__setitem__((0, 0), np.nan))(half / CHECKPOINT)
     model = new_model()
     weights = bits(model.trainable())
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT}: .*{name.removeprefix('adamw.')}: 1 of 160 values are NaN"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{CHECKPOINT}: .*{name.removeprefix('adamw.')}: expected finite numbers, got nan at \(0, 0\)",
+    ):
         short_run(half, model=model)
     assert bits(model.trainable()) == weights
 

@@ -164,6 +164,16 @@ def test_a_model_without_safetensors_is_told(monkeypatch, tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("org/name").save_pretrained(OUT)' in str(error.value)
 
 
+def test_without_the_library_an_id_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        hub.model_directory("org/name@v2")
+    assert str(error.value) == (
+        "org/name@v2: no such directory, and huggingface_hub, which downloads models, is missing"
+    )
+    assert hub.model_directory(rq.BUNDLED) == rq.BUNDLED
+
+
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth"])
 def test_a_pickled_file_is_refused(tmp_path, name):
     (tmp_path / name).touch()

@@ -67,7 +67,7 @@ def test_parts_of_a_weight_share_a_file(tmp_path):
 
 def test_a_name_that_comes_twice_is_refused(tmp_path):
     x = np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match="a comes twice"):
+    with pytest.raises(ValueError, match="a appears twice"):
         model_files.write_model(tmp_path, [("a", x), ("b", x), ("a", x)])
 
 

@@ -20,7 +20,7 @@ import refqlora as rq
 from refqlora import lm_head as head
 from refqlora.files import config_json, model_files, pretrained
 from refqlora.files import reading as files
-from refqlora.files.writing import write_tensors
+from refqlora.files.writing import new_directory, write_tensors
 
 
 def with_adapter(model, **options):
@@ -292,7 +292,7 @@ def test_five_gigabytes_are_the_limit():
 
 @pytest.mark.parametrize("size", [0, -1, "0GB", "5GiB", "", "GB", "1.5GB", None, True, 2.5])
 def test_a_shard_s_size_that_cannot_be_is_refused_before_anything_is_written(size, tmp_path):
-    with pytest.raises(ValueError, match="a shard's size must be a number of bytes or such as"):
+    with pytest.raises(ValueError, match=r"max_shard_size: expected a number of bytes, or text such as .5GB., got "):
         new_model().save_pretrained(tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
 
@@ -545,7 +545,7 @@ def test_a_spoilt_model_is_refused_by_name(saved, spoil, said, quantize):
 
 
 def test_quantize_is_a_codebook_or_nothing(saved):
-    assert "nf4, fp4, int4, not 'int8'" in complaint(
+    assert "quantize: expected None or one of nf4, fp4, int4, got 'int8'" in complaint(
         lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved
     )
 
@@ -585,3 +585,48 @@ def test_a_model_made_from_another_keeps_what_is_not_changed(saved, tmp_path):
         dense = rq.Model.from_pretrained(out)
         pretrained.save(out / "dense", dense.config, new_model().params, np.float32, base=out)
         assert json.loads((out / "dense/config.json").read_text()) == {**before, "dtype": "float32"}
+
+
+# ---- what is not finite ----
+
+NORM, EMBEDDING = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight", Q])
+def test_a_weight_that_is_not_finite_is_named_where_it_enters(name, stored, quantize, tmp_path):
+    model = new_model()
+    model.save_pretrained(tmp_path, stored)
+    weight = model.params[name].astype(stored)
+    weight.flat[5] = np.nan
+    change_tensors(tmp_path / "model.safetensors", {name: weight})
+    message = complaint(lambda path: rq.Model.from_pretrained(path, quantize=quantize), tmp_path)
+    at = tuple(map(int, np.unravel_index(5, weight.shape)))
+    assert message == f"{tmp_path}: {name}: expected finite numbers, got nan at {at}"
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight", Q])
+@pytest.mark.parametrize(
+    ("value", "said"), [(70000.0, "what float16 holds, got 70000.0"), (np.inf, "finite numbers, got inf")]
+)
+def test_what_the_file_s_dtype_does_not_hold_is_not_written(name, value, said, saved):
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    model = new_model()
+    model.params[name].flat[0] = value
+    message = complaint(lambda path: model.save_pretrained(path, np.float16), saved)
+    at = (0,) * model.params[name].ndim
+    assert message == f"{saved}: {name}: expected {said} at {at}"
+    with pytest.raises(ValueError, match="expected") as error, new_directory(saved / "new") as new:
+        model.save_pretrained(new, np.float16)
+    assert str(error.value) == f"{saved / 'new'}: {name}: expected {said} at {at}"
+    assert {file: file.read_bytes() for file in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.int8, "bool"])
+def test_a_dtype_that_weights_cannot_have_is_refused(dtype, saved):
+    for call in (
+        lambda path: rq.Model.from_pretrained(path, dtype=dtype),
+        lambda path: new_model().save_pretrained(path, dtype),
+    ):
+        assert complaint(call, saved).startswith("dtype: expected one of float16, bfloat16, float32, float64, got ")

@@ -292,6 +292,13 @@ def test_the_command_on_a_dotted_name(tmp_path):
     [
         ("def nothing(): pass", "has none of the functions quantize, dequantize"),
         ("quantize = 3", "has none of the functions"),
+        ("from right import *\nBLOCK_SIZES = 64", "BLOCK_SIZES: expected a tuple of some of 32, 64, 128, "),
+        ("from right import *\nBLOCK_SIZES = (3,)", "got (3,)"),
+        (
+            "from right import *\nDTYPES = 'float32'",
+            "DTYPES: expected a tuple of some of float32, float16, bfloat16, got",
+        ),
+        ("from right import *\nDTYPES = ('no',)", "got ('no',)"),
         ("import no_such_module_at_all", "cannot be imported: ModuleNotFoundError"),
         ("def f(:", "cannot be imported: SyntaxError"),
         ("exit(0)", "cannot be imported: SystemExit"),
@@ -318,4 +325,6 @@ def test_a_name_that_is_no_module(capsys):
 
 def test_only_a_function_that_there_is(capsys):
     assert main(["parity", "--against", str(KERNELS / "right.py"), "--only", "quantise"]) == 2
-    assert "no function 'quantise'; there are: quantize" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--only: expected one of quantize, " in error
+    assert "got 'quantise'" in error

@@ -228,7 +228,7 @@ def test_a_difference_is_exit_code_1(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "llamas"], "no check 'llamas'; there are: codebooks"),
+        (["--only", "llamas"], "--only: expected one of codebooks, "),
         (["--size", "huge"], "--size: expected small (100,000), medium (1,000,000), large (20,000,000) or a number"),
         (["--size", "0"], "--size"),
         (["--seed", "-1"], "--seed"),

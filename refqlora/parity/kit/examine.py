@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -78,7 +78,7 @@ def load_kernel(name: str) -> ModuleType:
     """The module of this dotted name, or of this path to a .py file. Raises ValueError if it cannot be imported or
     offers no function of the protocol."""
     path = Path(name)
-    here = str(path.resolve().parent) if path.suffix == ".py" else str(Path.cwd())
+    here = str(path.resolve().parent) if path.suffix == ".py" else ""
     if here not in sys.path:
         sys.path.insert(0, here)  # its neighbours can be imported
     try:
@@ -86,6 +86,8 @@ def load_kernel(name: str) -> ModuleType:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
             spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None  # there is one for .py
             module = importlib.util.module_from_spec(spec)
             with contextlib.redirect_stdout(sys.stderr):
                 spec.loader.exec_module(module)
@@ -108,12 +110,24 @@ def offered(module: ModuleType) -> list[str]:
 
 def examine(module: ModuleType, function: str, seed: int = 0, size: int = 100_000) -> Report:
     """Put one function of the module through every call, and say what differs. Whatever it raises is a finding."""
-    block_sizes = tuple(getattr(module, "BLOCK_SIZES", BLOCK_SIZES))
-    dtypes = tuple(np.dtype(t).name for t in getattr(module, "DTYPES", FLOATS))
+    block_sizes = _taken(module, "BLOCK_SIZES", BLOCK_SIZES, int)
+    dtypes = _taken(module, "DTYPES", FLOATS, lambda dtype: np.dtype(dtype).name)
     calls = trials(function, seed, size, block_sizes, dtypes)
     for trial in calls:
         _call(getattr(module, function), trial)
     return Report(function, len(calls), tuple(_findings(calls)))
+
+
+def _taken(module: ModuleType, name: str, known: tuple, kind: Callable[[Any], Any]) -> tuple:
+    """Which of what is known the module says that it takes: all of it, unless it says so."""
+    given = getattr(module, name, known)
+    try:
+        taken = [kind(one) for one in (() if isinstance(given, str) else given)]
+    except (TypeError, ValueError):
+        taken = []
+    if not set(taken) & set(known):
+        raise ValueError(f"{name}: expected a tuple of some of {', '.join(map(str, known))}, got {given!r:.80}")
+    return tuple(one for one in known if one in taken)
 
 
 def _call(function: Any, trial: Trial) -> None:
@@ -149,8 +163,8 @@ def _call(function: Any, trial: Trial) -> None:
 
 def _place(error: BaseException) -> str:
     """The line of the kernel's own file that raised it, or called what did; "" for a kernel without lines."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if frame.filename != __file__ and "importlib" not in frame.filename]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
@@ -204,24 +218,21 @@ def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any])
 
 
 def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
-    function = calls[0].function if calls else ""
-    lora, only = function.startswith("lora"), ""
-    if lora:
-        causes = {name: explain_lora(calls, name) for t in calls[:1] for name in t.expected if _any_wrong(calls, name)}
+    causes: dict[tuple[int, str], str] = {}  # of a call and an output
+    only = ""
+    if calls and calls[0].function.startswith("lora"):
+        wrong = {name: [i for i, trial in enumerate(calls) if name in trial.wrong()] for name in calls[0].expected}
+        of_output = {name: explain_lora(calls, name) for name, numbers in wrong.items() if numbers}
+        causes = {(i, name): cause for name, cause in of_output.items() for i in wrong[name]}
         # What fits the calls that went through is why others did not: a matrix transposed, as when in = out.
-        only = next(iter(causes.values())) if len(set(causes.values())) == 1 else ""
-    else:
-        causes = explain(calls)
+        only = next(iter(of_output.values())) if len(set(of_output.values())) == 1 else ""
+    elif calls:
+        causes = {(i, name): cause for i, cause in explain(calls).items() for name in calls[i].expected}
     for i, trial in enumerate(calls):
         if trial.fault:
-            yield Finding(function, trial.case, trial.fault, trial.cause or only, fault=True)
+            yield Finding(trial.function, trial.case, trial.fault, trial.cause or only, fault=True)
         for name in trial.wrong():
-            cause = causes[name] if lora else causes.get(i, "")
-            yield Finding(function, trial.case, _difference(trial, name), cause)
-
-
-def _any_wrong(calls: Sequence[Trial], name: str) -> bool:
-    return any(name in trial.wrong() for trial in calls)
+            yield Finding(trial.function, trial.case, _difference(trial, name), causes[i, name])
 
 
 def _difference(trial: Trial, name: str) -> str:
@@ -241,6 +252,6 @@ def _difference(trial: Trial, name: str) -> str:
     off = positions(name, found, expected)
     first = int(off[0])
     n = trial.arguments[0].size if trial.function == "quantize" else expected.size
-    at = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
+    place = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
     got, wanted = found[first].item(), expected[first].item()
-    return f"{len(off):,} of {expected.size:,} {name} differ, first {at}: got {got!r}, expected {wanted!r}"
+    return f"{len(off):,} of {expected.size:,} {name} differ, first {place}: got {got!r}, expected {wanted!r}"

@@ -7,7 +7,7 @@ diagnosis (diagnosis.py) knows by name. They are written apart from the engine, 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +38,7 @@ TABLES = {
     "NF4 rounded to bfloat16": NF4.astype(BF16).astype(F32),
     "NF4 rounded to float16": NF4.astype(HALF).astype(F32),
     "FP4": FP4,
-    "FP4 of the E2M1 format, divided by 6": F32([*E2M1, *(-x for x in E2M1)]) / F32(6),
+    "FP4 of the E2M1 format, divided by 6": np.array([*E2M1, *(-x for x in E2M1)], F32) / F32(6),
     "int4, (code - 8) / 7": INT4,
     "int4, (code - 8) / 8": np.arange(-8, 8, dtype=F32) / F32(8),
     "uint4, 2 code / 15 - 1": (np.arange(16) / 7.5 - 1).astype(F32),
@@ -65,14 +65,14 @@ def quantize(
     constants: Any = F32,
     stored: Any = F32,
     blocks: str = "flat",
-    order: str = "C",
+    order: Literal["C", "F", "K"] = "C",
     arithmetic: Any = F32,
     low_first: bool = False,
     filling: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> packed uint8 (ceil(n / 2),), absmax float32 (blocks,)."""
     dtype = w.dtype if arithmetic is None else np.dtype(arithmetic)
-    flat = (w.ravel(order=order) if order != "C" else np.ascontiguousarray(w).reshape(-1)).astype(dtype)
+    flat = (w.ravel(order) if order != "C" else np.ascontiguousarray(w).reshape(-1)).astype(dtype)
     rows, counts = in_blocks(flat, w.shape, block_size, blocks)
     with np.errstate(all="ignore"):
         a = _absmax(rows, counts, absmax).astype(constants).astype(dtype)
@@ -156,7 +156,7 @@ def dequantize(
     index: str = "element",
     tail: str = "kept",
     absmax_is: str = "multiplied",
-    order: str = "C",
+    order: Literal["C", "F"] = "C",
 ) -> np.ndarray:
     """-> float32 of `shape`."""
     n = int(np.prod(shape))
@@ -200,8 +200,8 @@ def quantize_constants(
 
     `given` is an offset to use instead: a mean in float32 depends on the order of summation.
     """
-    taken = {"mean": np.mean, "median": np.median, "minimum": np.min, "none": lambda x, **_: 0.0}[offset]
-    mean = F32(taken(absmax.astype(np.float64))) if given is None or offset != "mean" else F32(given)
+    averages: dict[str, Any] = {"mean": np.mean, "median": np.median, "minimum": np.min, "none": lambda x: 0.0}
+    mean = F32(averages[offset](absmax.astype(np.float64))) if given is None or offset != "mean" else F32(given)
     x = absmax - mean
     size = block or x.size
     rows, counts = in_blocks(x, x.shape, size, "flat")
@@ -237,6 +237,7 @@ def dequantize_constants(
 ) -> np.ndarray:
     """-> absmax float32 (blocks,)."""
     number = np.minimum(np.arange(codes.size) // block, nested_absmax.size - 1)
+    values: np.ndarray
     if kind == "int8":
         values = codes.view(np.int8) / F32(127)
     elif kind == "uint8":

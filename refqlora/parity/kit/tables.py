@@ -1,4 +1,4 @@
-"""A kernel's own table, read off what it gave: one wrong entry, or thresholds that are no midpoints, named as such."""
+"""A kernel's own table, read off what it gave: an entry that is wrong, or thresholds that are not midpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ MIDPOINTS = (NF4[1:] + NF4[:-1]) / F32(2)  # (15,): code k holds up to MIDPOINTS
 def own_table(trials: Sequence[Trial]) -> list[Mistake]:
     """What explains these calls of quantize or dequantize if the kernel has a table of its own; [] or one."""
     called = [trial for trial in trials if trial.found]
-    return {"quantize": _thresholds, "dequantize": _values}.get(called[0].function, lambda _: [])(called)
+    if called[0].function == "quantize":
+        return _thresholds(called)
+    return _values(called) if called[0].function == "dequantize" else []
 
 
 def _values(called: Sequence[Trial]) -> list[Mistake]:

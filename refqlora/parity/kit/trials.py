@@ -83,7 +83,7 @@ def _constants(function: str, vectors: Vectors) -> Iterator[Trial]:
 def _lora(function: str, vectors: Vectors) -> Iterator[Trial]:
     for case in sorted({key.split("/")[1] for key in vectors if key.startswith("lora/")}):
         part = {key.rsplit("/", 1)[1]: x for key, x in vectors.items() if key.startswith(f"lora/{case}/")}
-        arguments = (part["x"], part["W"], part["A"], part["B"], float(part["scale"]))
+        arguments: tuple = (part["x"], part["W"], part["A"], part["B"], float(part["scale"]))
         prefix = ""
         if "dropout" in function:
             arguments, prefix = (*arguments, part["keep"], float(part["dropout"])), "dropped_"

@@ -1,0 +1,69 @@
+"""What values must be, in one dialect; what is not finite is found and named."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refqlora import checks
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad", "said"),
+    [
+        (checks.whole(1, 9), (1, 9), (0, 10, 2.0, True, "2", None, 10**400), "a whole number from 1 to 9"),
+        (
+            checks.number(0, 1),
+            (0, 1, 0.5, np.float64(0.5)),
+            (-0.1, 2, True, np.nan, "1", 10**400),
+            "a number from 0 to 1",
+        ),
+        (checks.SWITCH, (True, False), (1, 0, None, "true"), "true or false"),
+        (checks.TOKENS, (0, [1, 2], (3,)), ([], (), -1, [1, None], {"a": 1}, True), "a token or a list of tokens"),
+    ],
+)
+def test_a_rule(rule, good, bad, said):
+    for value in good:
+        checks.check("x", value, rule)
+    for value in bad:
+        with pytest.raises(ValueError, match="expected") as error:
+            checks.check("x", value, rule)
+        assert str(error.value) == f"x: expected {said}, got {checks.shown(value)}"
+
+
+def test_a_value_is_shown_on_one_line_and_cut():
+    assert checks.shown("a\nb") == r"'a\nb'"
+    assert checks.shown([1, 2]) == "[1, 2]"
+    assert checks.shown(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
+    assert len(checks.shown("x" * 10**6)) == len(checks.shown(list(range(999)))) == 60
+    assert checks.shown(10**9999) == "int too large to show"
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert checks.shown(deep) == "list too large to show"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named_with_its_place(dtype, order, bad, monkeypatch):
+    monkeypatch.setattr(checks, "CHUNK", 4)
+    x = np.asarray(np.arange(30).reshape(5, 6), dtype, order=order)
+    assert checks.finite("w", x) is x
+    assert checks.finite("w", x[:0]).shape == (0, 6)
+    assert checks.finite("w", x[0, 0].reshape(())) == 0
+    x[4, 5] = np.nan
+    x[3, 2] = bad
+    with pytest.raises(ValueError, match="finite") as error:
+        checks.finite("w", x)
+    assert str(error.value) == f"w: expected finite numbers, got {bad} at (3, 2)"
+    with pytest.raises(ValueError, match="finite") as error:
+        checks.finite("w", x, np.float64)
+    assert str(error.value) == f"w: expected finite numbers, got {bad} at (3, 2)"
+
+
+def test_what_a_dtype_does_not_hold_is_named():
+    x = np.array([1, 65504, 70000, np.nan])
+    assert checks.finite("w", x[:2], np.float16).tolist() == [1, 65504]
+    with pytest.raises(ValueError, match="holds") as error:
+        checks.finite("w", x, np.float16)
+    assert str(error.value) == "w: expected what float16 holds, got 70000.0 at (2,)"
