@@ -372,6 +372,10 @@ BAD = [
     ("demo --out text.txt", "text.txt: File exists"),
     ("compare --out text.txt", "text.txt: File exists"),
     ("pretrain --out text.txt", "text.txt: File exists"),
+    *(
+        (f"{job} --out out --resume", "out/checkpoint.safetensors: no such file: there is no run to resume")
+        for job in ("demo", "pretrain", "finetune --data text.txt --model model")
+    ),
     ("pretrain --out out --lr nan", "lr: expected a number from 0 to 1e.300, got nan"),
 ]
 
