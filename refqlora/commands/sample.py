@@ -49,4 +49,4 @@ def show_sample(sample: dict[str, str], command: str, console: Console) -> None:
         line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip().replace("\n", "⏎ "))
         line = f"… {line[-SHOWN:]}" if len(line) > SHOWN else line
         console.print(f"  {name:8} {line}", highlight=False, markup=False)
-    console.print(f"\n{command}", highlight=False, markup=False)
+    console.print(f"\n{command}", highlight=False, markup=False, soft_wrap=True)  # to be copied whole
