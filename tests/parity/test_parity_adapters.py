@@ -45,7 +45,7 @@ KINDS = ADAPTERS | {
     "PiSSA": {**ALL, "init_lora_weights": "pissa"},
     "DoRA, PiSSA": {**ALL, "use_dora": True, "init_lora_weights": "pissa"},
     "OLoRA": {**ALL, "init_lora_weights": "olora"},
-    "OLoRA, rsLoRA": {**ALL, "init_lora_weights": "olora", "use_rslora": True},
+    "OLoRA, rsLoRA": {**ALL, "lora_alpha": 3, "init_lora_weights": "olora", "use_rslora": True},
     "gaussian": {**ALL, "init_lora_weights": "gaussian"},
     "orthogonal": {**ALL, "r": 4, "init_lora_weights": "orthogonal"},
     "rank and alpha patterns": {

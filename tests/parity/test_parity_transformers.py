@@ -224,8 +224,8 @@ def test_rounding_that_is_only_ours_shows():
     exact = np.linspace(-1, 1, 9)
     theirs = exact.astype(np.float32)
     agree_but_for_rounding("the same", theirs, theirs, exact)
-    agree_but_for_rounding("both far", exact + 5e-5, exact - 4e-5, exact)
-    for wrong in (exact + 5e-6, exact + 2e-4):
+    agree_but_for_rounding("both far", exact + 5e-6, exact - 4e-6, exact)
+    for wrong in (exact + 5e-6, exact + 2e-5):
         with pytest.raises(AssertionError):
             agree_but_for_rounding("wrong", wrong, theirs, exact)
 
