@@ -18,14 +18,13 @@ for the last bits.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import NAMES, Rule, check, check_array, check_mapping, number, one_of, shown
+from .checks import Rule, check, finite, number, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
@@ -36,6 +35,13 @@ RATE = Rule("a finite number, 0 or more", number(0, sys.float_info.max).fits)
 BETAS = Rule(
     "two numbers in [0, 1)",
     lambda betas: isinstance(betas, tuple | list) and len(betas) == 2 and all(RATE.fits(b) and b < 1 for b in betas),
+)
+
+NOT_NEGATIVE = number(0, 1e300)
+_BETA = number(0, math.nextafter(1, 0))
+_BETAS = Rule(
+    "two numbers from 0 to below 1",
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.fits, value)),
 )
 
 
@@ -142,8 +148,7 @@ class AdamW:
         `clip_by_global_norm` stops them, and `fault` finds what they have reached.
         """
         lr = self.lr if lr is None else lr
-        check("lr", lr, RATE)
-        check_mapping("grads", grads)
+        check("lr", lr, NOT_NEGATIVE)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -153,18 +158,19 @@ class AdamW:
                 raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
 
         self.state["step"] += 1
-        for name, p in self.params.items():
-            adamw_update(
-                p.reshape(-1),
-                grads[name].reshape(-1),
-                self.state["m"][name].reshape(-1),
-                self.state["v"][name].reshape(-1),
-                step=self.state["step"],
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay if name in self.decay else 0.0,
-            )
+        with np.errstate(over="ignore", invalid="ignore"):  # `fault` says so in better words
+            for name, p in self.params.items():
+                adamw_update(
+                    p.reshape(-1),
+                    grads[name].reshape(-1),
+                    self.state["m"][name].reshape(-1),
+                    self.state["v"][name].reshape(-1),
+                    step=self.state["step"],
+                    lr=lr,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if name in self.decay else 0.0,
+                )
 
     def fault(self) -> str | None:
         """The first parameter or moment that is not finite, in words; None if all are.
@@ -198,8 +204,7 @@ class AdamW:
             if name not in arrays:
                 raise ValueError(f"optimiser state {name}: missing")
             check_like(f"optimiser state {name}", arrays[name], mine)
-            if fault := not_finite(f"optimiser state {name}", arrays[name]):
-                raise ValueError(fault)
+            finite(f"optimiser state {name}", arrays[name])
         for name in arrays:
             if name not in expected:
                 raise ValueError(f"optimiser state {name}: the optimiser has no such entry")
@@ -255,11 +260,10 @@ def learning_rate(
     `get_constant_schedule_with_warmup` and its linear and cosine kin in transformers, up to total_steps
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
-    check("schedule", schedule, one_of(SCHEDULES))
-    check("peak", peak, RATE)
-    check("floor", floor, RATE)
-    if floor > peak:
-        raise ValueError(f"floor: expected at most the peak, {peak}, got {floor}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+    check("peak", peak, NOT_NEGATIVE)
+    check("floor", floor, number(0, peak))
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), got {warmup_steps}")
     if step < 0:
@@ -288,16 +292,16 @@ def _sum_of_squares(g: Array) -> float:
 
 
 def not_finite(what: str, x: Array) -> str | None:
-    """ "WHAT: 1 of 160 values are NaN or infinite" if there is one in x; else None."""
+    """What to say of x, such as "WHAT: 1 of 160 values are NaN or infinite", or None if all are finite."""
     bad = x.size - int(array_module(x).isfinite(x).sum())
     return f"{what}: {bad} of {x.size} values are NaN or infinite" if bad else None
 
 
 def check_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise ValueError, naming the option, for a setting that AdamW cannot use."""
-    check("betas", betas, BETAS)
+    check("betas", betas, _BETAS)
     for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check(option, value, RATE)
+        check(option, value, NOT_NEGATIVE)
 
 
 def check_like(what: str, found: Array, expected: Array) -> None:
