@@ -244,7 +244,7 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     if logits.ndim == 0:
         raise ValueError("logits: expected shape (..., V), got ()")
     if denominator is not None:
-        check("denominator", denominator, number(0, math.inf))
+        check("denominator", denominator, number(0, 1e300))
     counted = _check_labels(logits, labels)
     vocabulary = logits.shape[-1]
     if denominator is None:

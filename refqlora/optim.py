@@ -24,20 +24,15 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import Rule, check, finite, number, shown
+from .checks import NAMES, Rule, check, check_array, check_mapping, finite, number, one_of, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
 GPU_BLOCK = 1 << 22
 
 SCHEDULES = ("constant", "linear", "cosine")
-RATE = Rule("a finite number, 0 or more", number(0, sys.float_info.max).fits)
-BETAS = Rule(
-    "two numbers in [0, 1)",
-    lambda betas: isinstance(betas, tuple | list) and len(betas) == 2 and all(RATE.fits(b) and b < 1 for b in betas),
-)
-
 NOT_NEGATIVE = number(0, 1e300)
+_MAX_NORM = Rule("a number above 0", number(math.nextafter(0, 1), math.inf).fits)
 _BETA = number(0, math.nextafter(1, 0))
 _BETAS = Rule(
     "two numbers from 0 to below 1",
@@ -149,6 +144,7 @@ class AdamW:
         """
         lr = self.lr if lr is None else lr
         check("lr", lr, NOT_NEGATIVE)
+        check_mapping("grads", grads)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -226,7 +222,7 @@ def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     anything is changed, if the norm is not finite, naming the first gradient that makes it so; ValueError
     if max_norm is not above 0.
     """
-    check("max_norm", max_norm, Rule("a number above 0", lambda value: number(0, math.inf).fits(value) and value > 0))
+    check("max_norm", max_norm, _MAX_NORM)
     check_mapping("grads", grads)
     total = 0.0
     for name, g in grads.items():
@@ -260,8 +256,7 @@ def learning_rate(
     `get_constant_schedule_with_warmup` and its linear and cosine kin in transformers, up to total_steps
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+    check("schedule", schedule, one_of(SCHEDULES))
     check("peak", peak, NOT_NEGATIVE)
     check("floor", floor, number(0, peak))
     if not 0 <= warmup_steps <= total_steps:

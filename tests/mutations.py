@@ -169,7 +169,10 @@ def of_files(kind: str, rng: random.Random, valid: Path, home: Path) -> Case:
     said = mutate(rng, path)
     if mutate is in_name:
         path = path.with_name(said)
-    names = [str(home), *(["prompt", "the message's", "held-out"] if used is TALKS or kind == "data" else [])]
+    names = [
+        str(home),
+        *(["prompt", "the message's", "held-out", path.name] if used is TALKS or kind == "data" else []),
+    ]
     if path.suffix == ".safetensors":
         names += ["logits", "step "]  # finite weights may overflow
     return Case(f"{way} of {model}: {path.name}: {said}", ways(home, path)[way], names)

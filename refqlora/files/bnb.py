@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from ..backend import Array
-from ..checks import finite, number, shown
+from ..checks import cut, finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
@@ -158,7 +158,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
     nested = any(field in d for field in _NESTED)
     fields = {"quant_type", "blocksize", "dtype", "shape", *(_NESTED if nested else ())}
     for field in sorted(fields ^ d.keys()):
-        raise ValueError(f'{where}: {"has no" if field in fields else "does not know"} "{field}"')
+        raise ValueError(f'{where}: {"has no" if field in fields else "does not know"} "{cut(field, 60)}"')
 
     kind = key.rpartition("__")[2]
     shape, offset, top = d["shape"], d.get("nested_offset"), float(np.finfo(np.float32).max)

@@ -62,7 +62,7 @@ def test_pack_joins_with_eos_and_cuts_into_blocks():
 
 def test_pack_needs_one_token_more_than_a_block():
     assert len(pack([Document("1", "a b c")], LETTERS, 3, EOS)) == 1
-    with pytest.raises(ValueError, match="the text has 4 tokens; a block of 4 needs 5"):
+    with pytest.raises(ValueError, match="expected 5 tokens for a block of 4, got 4"):
         pack([Document("1", "a b c")], LETTERS, 4, EOS)
     with pytest.raises(ValueError, match="the text has 0 tokens"):
         pack([], LETTERS, 4, EOS)
