@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .architectures import ARCHITECTURES, Architecture
-from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, check_mapping, shown, whole
+from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, check_mapping, cut, shown, whole
 from .rope import check_scaling, rope_frequencies
 
 # What each number must be, where it is not None; files/config_json.py holds config.json against the same rules.
@@ -218,4 +218,4 @@ def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
             raise ValueError(f"{where}: {name} has shape {found}, expected {tuple(shape)}")
     for name in params:
         if name not in shapes:
-            raise ValueError(f"{where}: {name} is not expected in this model")
+            raise ValueError(f"{where}: {cut(name, 200)} is not expected in this model")

@@ -137,8 +137,10 @@ def merge(weight: Weight, lora: LoRA) -> Array:
         check_array("weight", weight, "fV")
     if not isinstance(lora, LoRA) or len(weight.shape) != 2:
         raise ValueError(f"merge: expected a weight (out, in) and its LoRA, got {shown(weight)} and {shown(lora)}")
-    check_array("lora.A", lora.A, "fV", (*lora.A.shape[:1], weight.shape[1]))
-    check_array("lora.B", lora.B, "fV", (weight.shape[0], len(lora.A)))
+    check_array("lora.A", lora.A, "fV")
+    rank = lora.A.shape[0] if lora.A.ndim else 0
+    check_array("lora.A", lora.A, "fV", (rank, weight.shape[1]))
+    check_array("lora.B", lora.B, "fV", (weight.shape[0], rank))
     check("lora.scale", lora.scale, number(0, math.inf))
     if lora.magnitude is not None:
         check_array("lora.magnitude", lora.magnitude, "fV", weight.shape[:1])

@@ -169,10 +169,7 @@ def of_files(kind: str, rng: random.Random, valid: Path, home: Path) -> Case:
     said = mutate(rng, path)
     if mutate is in_name:
         path = path.with_name(said)
-    names = [
-        str(home),
-        *(["prompt", "the message's", "held-out", path.name] if used is TALKS or kind == "data" else []),
-    ]
+    names = [str(home), path.name, "the prompt's", "prompt: ", "the message's", "held-out"]
     if path.suffix == ".safetensors":
         names += ["logits", "step "]  # finite weights may overflow
     return Case(f"{way} of {model}: {path.name}: {said}", ways(home, path)[way], names)
@@ -206,9 +203,8 @@ def of_options(rng: random.Random, valid: Path, home: Path) -> Case:
         given.pop(rng.choice(list(given)))
     argv = [str(x) if option[0] != "-" else option if x is None else f"{option}={x}" for option, x in given.items()]
     names = [name for action in parsers[name]._actions for name in (*action.option_strings, action.dest)]
-    names += [name.lstrip("-").replace("-", " ") for name in names] + [
-        str(x)[:99] for x in given.values() if len(str(x)) > 2
-    ]
+    names += [name.lstrip("-").replace("-", " ") for name in names]
+    names += [str(x)[:99] if len(str(x)) > 2 else f" {x}: " for x in given.values()]
     use = partial(begin, 3 if name in USUAL else 0, name, *argv)
     return Case(f"{name} {' '.join(word[:60] for word in argv)!r}", use, names)
 

@@ -30,7 +30,7 @@ def mutated_json(rng: random.Random, text: str) -> tuple[str, str]:
         root, said = {"": text}, []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         holder, key, path = root, "", ""
-        while isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.8:
+        while isinstance(holder[key], dict | list) and holder[key] and rng.random() < (0.75 if path else 0.95):
             holder = holder[key]
             key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
             path += f".{key}"
@@ -58,7 +58,7 @@ def _mutate(rng: random.Random, holder: dict | list, key: str | int) -> str:
             other = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
             holder[key], holder[other] = holder[other], value
             return f"{how} with {str(other)[:60]}"
-        case "nudged" if isinstance(value, int | float):
+        case "nudged" if isinstance(value, int | float) and abs(value) < 1e300:
             holder[key] = rng.choice([value + 1, value - 1, value * 2, -value, value + 0.5, float(value), value * 1000])
         case "wrapped":
             holder[key] = rng.choice([[value], {"x": value}, [value, copy.deepcopy(value)], str(value)])

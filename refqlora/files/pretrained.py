@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import as_dtype, finite, shown
+from ..checks import as_dtype, check, finite, one_of
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..lora import Weight
@@ -29,8 +29,8 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     A tensor that is missing, unexpected or misshapen is found in the files' headers, before the first is read; in
     bitsandbytes' files, whose weights come in parts, at the end.
     """
-    if quantize not in (None, *CODEBOOKS):
-        raise ValueError(f"quantize: expected None or one of {', '.join(CODEBOOKS)}, got {shown(quantize)}")
+    if quantize is not None:
+        check("quantize", quantize, one_of(list(CODEBOOKS)))
     dtype = as_dtype("dtype", dtype, FLOATS)
     path = model_directory(model)
     (config, d), where = read_config(path), str(path / "config.json")

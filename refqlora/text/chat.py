@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.reading import read_json
 from .examples import Marked
 from .prefix_cache import shared_prefix
-from .tokenizer import encode
+from .tokenizer import check_text, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -145,7 +145,7 @@ class ChatTemplate:
         self._sandbox.marking = marking
         self._sandbox.begin()
         try:
-            return self._template.render(variables)
+            return check_text(self._template.render(variables))
         except Exception as error:  # a template is a program, and can fail in any way
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 

@@ -545,7 +545,7 @@ def test_a_spoilt_model_is_refused_by_name(saved, spoil, said, quantize):
 
 
 def test_quantize_is_a_codebook_or_nothing(saved):
-    assert "quantize: expected None or one of nf4, fp4, int4, got 'int8'" in complaint(
+    assert "quantize: expected one of nf4, fp4, int4, got 'int8'" in complaint(
         lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved
     )
 
