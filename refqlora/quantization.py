@@ -178,7 +178,7 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
     if out is None:
         out = array_module(q.packed).empty(q.shape, dtype)
     elif out.shape != q.shape or not out.flags.c_contiguous:
-        raise ValueError(f"out: expected C-contiguous, of shape {q.shape}, got shape {out.shape}, strides {out.strides}")
+        raise ValueError(f"out: expected C-contiguous, of shape {q.shape}, got {out.shape}, strides {out.strides}")
     flat, absmax = out.reshape(-1), q.constants()
     even = q.size // 2 * 2
     _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])
