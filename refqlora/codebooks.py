@@ -55,7 +55,7 @@ def normal_float(bits: int = 4) -> np.ndarray:
     infinite at the ends.
 
         >>> rq.normal_float(2)
-        array([-0.47304255,  0.        ,  0.3216874 ,  1.        ], dtype=float32)
+        array([-1.        ,  0.        ,  0.43581823,  1.        ], dtype=float32)
 
     Raises ValueError unless bits is 2 to 8.
     """
