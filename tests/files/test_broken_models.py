@@ -378,7 +378,7 @@ def test_a_file_that_may_not_be_read(name, monkeypatch, capsys):
             message = lines("generate", capsys)
         finally:
             os.seteuid(user)
-    assert f"Permission denied: 'model/{name}'" in message
+    assert f"model/{name}: Permission denied" in message
 
 
 def print_all():
