@@ -8,9 +8,9 @@ The legend, used in every shape comment of the project:
 
 Each pair reads the same way: `f_forward(inputs) -> (output, cache)` and `f_backward(doutput, cache) -> dinputs`.
 `dx` is the gradient of the loss with respect to `x` and has its shape. The cache is explicit: what the backward
-needs, and nothing else. A backward shows each line of its forward on the left, the gradients it gives on the right.
-Everything is computed in the dtype of the inputs, long chains in place (`y *= gate`): a fresh array costs more than
-the arithmetic.
+needs, and nothing else. A backward's docstring has the forward's lines on the left, the gradients that follow from
+them on the right. Everything is computed in the dtype of the inputs, long chains in place (`y *= gate`): a fresh array
+costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def rmsnorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
     n = x * inv  # (..., D)
     dweight = _sum_product(dy, n)
     dx = dn = dy * weight  # one array: dx takes the place of dn
-    n *= _mean_product(dn, n)
+    n *= _mean_product(dn, n)  # (..., D) times (..., 1)
     dx -= n
     dx *= inv
     return dx, dweight
