@@ -64,7 +64,7 @@ class Config:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     scale_attn_weights: bool = True  # False: attention scores are q k^T
-    scale_attn_by_inverse_layer_idx: bool = False  # and divided by 1, 2, ... from the first layer on
+    scale_attn_by_inverse_layer_idx: bool = False  # True: those of layer i are divided by i + 1
 
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
