@@ -30,7 +30,7 @@ def calls(home: Path) -> dict[str, tuple[Callable, dict]]:
     lora = {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ("q_proj", "v_proj"), "rslora": False, "dora": False}
     lora |= {"init": "default", "exclude": (), "layers": (0,), "rank_pattern": {"q_proj": 2}}
     lora |= {"layers_pattern": (), "alpha_pattern": {"v_proj": 4}}
-    adamw = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decay": list(params)[:2]}
+    adamw = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     writing = {"max_new_tokens": 3, "stop": (0,), "seed": 1, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
     writing["repetition_penalty"] = 1.2
     file = {"path": home / "model", "dtype": np.float32}

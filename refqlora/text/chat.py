@@ -145,7 +145,9 @@ class ChatTemplate:
         self._sandbox.marking = marking
         self._sandbox.begin()
         try:
-            return check_text(self._template.render(variables))
+            text = self._template.render(variables)
+            check_text(text)
+            return text
         except Exception as error:  # a template is a program, and can fail in any way
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 
