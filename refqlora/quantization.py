@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import SWITCH, as_dtype, check, check_array, finite, shown
+from .checks import SWITCH, as_dtype, check, check_array, finite, one_of, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 from .reprs import facts_html
 
@@ -179,12 +179,10 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
         raise ValueError(f"q: expected a QuantizedTensor, got {shown(q)}")
     if out is None:
         out = array_module(q.packed).empty(q.shape, as_dtype("dtype", dtype, QUANTIZABLE))
-    else:
-        check_array("out", out, "fV", q.shape)
-        if not out.flags.c_contiguous:
-            raise ValueError(f"out: expected a C-contiguous array of shape {q.shape}, got strides {out.strides}")
-    flat, absmax = out.reshape(-1), q.constants()
-    even = q.size // 2 * 2
+    check_array("out", out, "fV", q.shape)
+    if not out.flags.c_contiguous:
+        raise ValueError(f"out: expected a C-contiguous array of shape {q.shape}, got strides {out.strides}")
+    flat, absmax, even = out.reshape(-1), q.constants(), q.size // 2 * 2
     _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])
     if even < q.size:
         flat[-1:] = array_module(flat).asarray(q.codebook)[q.packed[-1:] >> 4] * absmax[-1:]
@@ -234,8 +232,7 @@ def quantize_constants(
 
     Raises ValueError for any other `nested`.
     """
-    if nested not in ("nearest", "bitsandbytes"):
-        raise ValueError(f'nested: expected "nearest" or "bitsandbytes", got {nested!r}')
+    check("nested", nested, one_of(("nearest", "bitsandbytes")))
     if offset is None:
         offset = np.float32(float(absmax.mean(dtype=np.float64)) if absmax.size else 0.0)
     second_level = quantize_blockwise if nested == "nearest" else _binned

@@ -53,6 +53,7 @@ class ChatTemplate:
         self.marks = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         self._sandbox = Sandbox()
         try:
+            check_text("".join((source, *self.tokens.values())))
             self._template = self._sandbox.compiled(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{where}: line {error.lineno} of the chat template: {error.message}"[:300]) from None
@@ -145,9 +146,7 @@ class ChatTemplate:
         self._sandbox.marking = marking
         self._sandbox.begin()
         try:
-            text = self._template.render(variables)
-            check_text(text)
-            return text
+            return self._template.render(variables)
         except Exception as error:  # a template is a program, and can fail in any way
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 
