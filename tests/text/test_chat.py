@@ -247,7 +247,7 @@ def test_an_end_that_is_no_token_at_all(eos, tmp_path):
         ({"chat_template": [{"name": "default", "template": None}]}, r"chat_template: expected text, or a list"),
         ({"chat_template": [{"name": "rag", "template": "a"}]}, "no chat template is named default; there are: rag"),
         ({"chat_template": "{{ messages"}, r"tokenizer_config\.json: line 1 of the chat template: unexpected end"),
-        ([], r"tokenizer_config\.json: expected a JSON object, found list"),
+        ([], r"tokenizer_config\.json: expected a JSON object, got list"),
     ],
 )
 def test_what_is_wrong_with_the_file(config, message, tmp_path):

@@ -326,7 +326,7 @@ def test_the_model_s_own_options(content, expected, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "expected a JSON object, found list"),
+        ([], "expected a JSON object, got list"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected a token or a list of tokens, got '</s>'"),
         ({"eos_token_id": [1, None]}, r"eos_token_id: expected a token or a list of tokens, got \[1, None\]"),
         ({"do_sample": "yes"}, "do_sample: expected true or false, got 'yes'"),
