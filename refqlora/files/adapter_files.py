@@ -68,7 +68,7 @@ def save_adapter(
     as PEFT does. conv1d: the model stores its weights (in, out), as GPT-2 does.
 
     When PEFT loads a PiSSA or OLoRA adapter, it computes the residual from the base again. For "pissa_niter_N" that
-    draws random numbers anew, which gives another model, and for OLoRA on a Conv1D it fails. Both raise ValueError; they
+    draws random numbers anew, which gives another model, and for OLoRA on a Conv1D it fails. Both raise ValueError, but
     can be written as plain LoRA (adapter_sums.as_lora).
     """
     init = config.init

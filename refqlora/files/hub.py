@@ -56,7 +56,8 @@ def _download(repo: str, revision: str | None) -> Path:
         )
     except errors.GatedRepoError:
         raise ValueError(
-            f"{asked}: the model is gated: ask for access at https://huggingface.co/{repo}, then log in with `hf auth login`"
+            f"{asked}: the model is gated: ask for access at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
@@ -75,7 +76,7 @@ def _download(repo: str, revision: str | None) -> Path:
         raise OSError(f"{asked}: the download failed ({_first_line(error)}): {elsewhere}") from None
     if not any(path.glob("model*.safetensors")):
         raise FileNotFoundError(
-            f"{asked}: contains no *.safetensors; if it has pickled weights that you trust, transformers converts them: "
+            f"{asked}: contains no *.safetensors; if you trust its pickled weights, transformers converts them: "
             f'AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained(OUT)'
         )
     return path

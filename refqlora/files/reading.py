@@ -1,4 +1,4 @@
-"""JSON and safetensors files, read strictly: a file that breaks its format is refused, and nothing is ever unpickled."""
+"""JSON and safetensors files, read strictly: files that break the format are refused, and nothing is ever unpickled."""
 
 from __future__ import annotations
 

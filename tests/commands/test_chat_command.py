@@ -269,7 +269,7 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
         (["/"], "no command /: /help lists them"),
         (["/adapter"], "/adapter NAME or /adapter off"),
         (["/adapter c"], "no adapter 'c'; there are: none"),
-        (["Hi \udcff"], r"expected text, got half of a surrogate pair \(character \d+\): it is not UTF-8"),
+        (["Hi \udcff"], r"expected UTF-8 text, got half of a surrogate pair \(character \d+\): it is not UTF-8"),
         (["word " * 300], r"the message's \d+ tokens fill the model's context of 256"),
     ],
 )
@@ -286,7 +286,7 @@ def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypa
         ("--prompt sacks --system kind", "--system goes with --chat"),
         ("--prompt sacks --stop=", "stop_strings: expected a list of texts that are not empty"),
         ("--chat --stop=", "stop_strings: expected a list of texts that are not empty"),
-        ("--chat --system \udcff", "expected text, got half of a surrogate pair"),
+        ("--chat --system \udcff", "expected UTF-8 text, got half of a surrogate pair"),
         ("--prompt sacks --min-p 2", "min_p: expected a number from 0 to 1, got 2.0"),
         ("--prompt sacks --repetition-penalty 0", "repetition_penalty: expected a number above 0, got 0.0"),
         ("--prompt sacks --adapter a --adapter missing", "missing/adapter_config.json: no such file"),

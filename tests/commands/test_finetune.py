@@ -233,7 +233,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* found 5"),
-        ({"held_out": 1.0}, "the held-out fraction: expected 0 or more and less than 1, got 1.0"),
+        ({"held_out": 1.0}, "held-out fraction: expected at least 0 and less than 1, got 1.0"),
     ],
 )
 def test_nothing_is_begun_with_what_cannot_be_used(options, message, pairs, base, tmp_path):

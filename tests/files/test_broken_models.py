@@ -265,10 +265,10 @@ FAULTS = {
 }  # fmt: skip
 TOKENIZER_FAULTS = {
     "no tokenizer.json": (remove("tokenizer.json"), ["model/tokenizer.json"]),
-    "tokenizer.json empty": (write("tokenizer.json", ""), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "tokenizer.json broken": (write("tokenizer.json", '{"model": {}}'), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "tokenizer.json not UTF-8": (write("tokenizer.json", b'{"\xff": 1}'), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "more tokens than the embedding": (more_tokens, ["model/tokenizer.json: '<|one too many|>' is token 300, past the model's 300"]),
+    "tokenizer.json empty": (write("tokenizer.json", ""), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "tokenizer.json broken": (write("tokenizer.json", '{"model": {}}'), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "tokenizer.json not UTF-8": (write("tokenizer.json", b'{"\xff": 1}'), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "more tokens than the embedding": (more_tokens, ["model/tokenizer.json: '<|one too many|>' is token 300, but the model has only 300 tokens"]),
 }  # fmt: skip
 COMMANDS = {
     "generate": ["generate", "--model", "model", "--prompt", "sacks"],
