@@ -18,19 +18,26 @@ for the last bits.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import Rule, check, finite, number, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
 GPU_BLOCK = 1 << 22
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+NOT_NEGATIVE = number(0, 1e300)
+_BETA = number(0, math.nextafter(1, 0))
+_BETAS = Rule(
+    "two numbers from 0 to below 1",
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.fits, value)),
+)
 
 
 def adamw_update(
@@ -134,7 +141,7 @@ class AdamW:
         `clip_by_global_norm` stops them, and `fault` finds what they have reached.
         """
         lr = self.lr if lr is None else lr
-        check_number("lr", lr)
+        check("lr", lr, NOT_NEGATIVE)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -144,18 +151,19 @@ class AdamW:
                 raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
 
         self.state["step"] += 1
-        for name, p in self.params.items():
-            adamw_update(
-                p.reshape(-1),
-                grads[name].reshape(-1),
-                self.state["m"][name].reshape(-1),
-                self.state["v"][name].reshape(-1),
-                step=self.state["step"],
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay if name in self.decay else 0.0,
-            )
+        with np.errstate(over="ignore", invalid="ignore"):  # `fault` says so in better words
+            for name, p in self.params.items():
+                adamw_update(
+                    p.reshape(-1),
+                    grads[name].reshape(-1),
+                    self.state["m"][name].reshape(-1),
+                    self.state["v"][name].reshape(-1),
+                    step=self.state["step"],
+                    lr=lr,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if name in self.decay else 0.0,
+                )
 
     def fault(self) -> str | None:
         """The first parameter or moment that is not finite, in words; None if all are.
@@ -189,8 +197,7 @@ class AdamW:
             if name not in arrays:
                 raise ValueError(f"optimiser state {name}: missing")
             check_like(f"optimiser state {name}", arrays[name], mine)
-            if fault := not_finite(f"optimiser state {name}", arrays[name]):
-                raise ValueError(fault)
+            finite(f"optimiser state {name}", arrays[name])
         for name in arrays:
             if name not in expected:
                 raise ValueError(f"optimiser state {name}: the optimiser has no such entry")
@@ -246,11 +253,9 @@ def learning_rate(
     (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    check_number("peak", peak)
-    check_number("floor", floor)
-    if floor > peak:
-        raise ValueError(f"floor: expected at most the peak, {peak}, got {floor}")
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+    check("peak", peak, NOT_NEGATIVE)
+    check("floor", floor, number(0, peak))
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps: expected 0 to total_steps ({total_steps}), got {warmup_steps}")
     if step < 0:
@@ -279,28 +284,16 @@ def _sum_of_squares(g: Array) -> float:
 
 
 def not_finite(what: str, x: Array) -> str | None:
-    """ "WHAT: 1 of 160 values are NaN or infinite" if there is one in x; else None."""
+    """What to say of x, such as "WHAT: 1 of 160 values are NaN or infinite", or None if all are finite."""
     bad = x.size - int(array_module(x).isfinite(x).sum())
     return f"{what}: {bad} of {x.size} values are NaN or infinite" if bad else None
 
 
 def check_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise ValueError, naming the option, for a setting that AdamW cannot use."""
-    numbers = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
-    if not (numbers and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    check("betas", betas, _BETAS)
     for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check_number(option, value)
-
-
-def check_number(option: str, value: float) -> None:
-    """Raise ValueError unless the option's value is a finite number, 0 or more."""
-    if not (is_number(value) and 0 <= value <= sys.float_info.max):
-        raise ValueError(f"{option}: expected a finite number, 0 or more, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.complexfloating)
+        check(option, value, NOT_NEGATIVE)
 
 
 def check_like(what: str, found: Array, expected: Array) -> None:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import finite, shown
 from .config import check_shapes
 from .files.reading import read_metadata, read_tensors
-from .files.writing import locked, write_bytes, write_tensors
-from .optim import AdamW, check_like, not_finite
+from .files.writing import locked, naming, write_bytes, write_tensors
+from .optim import AdamW, check_like
 from .quantization import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Run:
         """Write the row, which is the last of `rows`, and with `save` the checkpoint."""
         with uninterrupted():
             if self.out is not None:
-                with open(self.out / METRICS, "a", encoding="utf-8") as file:
+                path = self.out / METRICS
+                with naming(path), open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             if save:
                 self.save()
@@ -117,7 +119,8 @@ def check_start(out: Path, resume: bool) -> None:
     elif path.is_file():
         step, steps = _step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
-            raise ValueError(f"{path}: holds a run stopped at step {step} of {steps}: resume it, or remove the file")
+            where = f"step {step} of {shown(steps)}"
+            raise ValueError(f"{path}: holds a run stopped at {where}: resume it, or remove the file")
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
@@ -133,7 +136,7 @@ def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
     """
     for name, there, here in _differences(read_identity(path), identity):
         raise ValueError(
-            f"{path}: is of another run: {name} was {there!r:.200} there and is {here!r:.200} here; "
+            f"{path}: is of another run: {name} was {shown(there)} there and is {shown(here)} here; "
             "resume with the same settings and data, or start anew in another directory"
         )
     tensors = dict(read_tensors(path))
@@ -142,8 +145,7 @@ def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
     try:
         for name, p in params.items():
             check_like(f"param.{name}", tensors[f"param.{name}"], p)
-            if fault := not_finite(f"param.{name}", tensors[f"param.{name}"]):
-                raise ValueError(fault)
+            finite(f"param.{name}", tensors[f"param.{name}"])
         optimizer.load_state(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -157,10 +159,8 @@ def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tu
     for key in expected:
         there, here = found.get(key), expected[key]
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from (
-                (f"{key}'s {name}", x, y)
-                for name, x, y in _differences(there, here | dict.fromkeys(there.keys() - here))
-            )
+            inner = _differences(there, here | dict.fromkeys(there.keys() - here))
+            yield from ((f"{key}'s {name}", x, y) for name, x, y in inner)
         elif there != here:
             yield key, there, here
 
@@ -175,15 +175,15 @@ def read_identity(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: identity in the metadata: expected a JSON object, got {text!r:.80}")
+        raise ValueError(f"{path}: identity in the metadata: expected a JSON object, got {shown(text)}")
     return found
 
 
 def _step(path: Path) -> int:
     """The step in a checkpoint's metadata, which can be read without its tensors."""
     text = read_metadata(path).get("step", "")
-    if not text.isdecimal() or len(text) > 20:
-        raise ValueError(f"{path}: step in the metadata: expected a number, got {text!r:.80}")
+    if not (text.isascii() and text.isdecimal()) or len(text) > 20:
+        raise ValueError(f"{path}: step in the metadata: expected a number, got {shown(text)}")
     return int(text)
 
 
@@ -194,18 +194,16 @@ def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str
     frozen weights and of the data.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("recompute", "eval_every", "checkpoint_every")}
-    adapter = None if model.active is None else asdict(model.adapters[model.active].config)
+    active = None if model.active is None else model.adapters[model.active]
     frozen = 0
-    if adapter is not None:
-        weights = model.params | model.adapters[model.active].residual
-        for name in sorted(weights):
-            param = weights[name]
+    if active is not None:
+        for _, param in sorted((model.params | active.residual).items()):
             for x in (param.packed, param.constants()) if isinstance(param, QuantizedTensor) else (param,):
-                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), frozen)
+                frozen = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data, frozen)
     found = {
         **settings,
         "model": asdict(model.config),
-        "adapter": adapter,
+        "adapter": None if active is None else asdict(active.config),
         "the weights' checksum": frozen,
         "the data's checksum": dataset.checksum,
     }

@@ -18,17 +18,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Array
+from .checks import SWITCH, check, number, whole
 from .functional import IGNORE, cross_entropy
 from .model import Model
-from .optim import AdamW, check_options, clip_by_global_norm, is_number, learning_rate
+from .optim import AdamW, check_options, clip_by_global_norm, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
 
 Row = dict[str, Any]  # what a step has measured
 
-_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0, "seed": 0, "eval_every": 0}
-_LEAST |= {"checkpoint_every": 1}
-_MOST = 10**12  # of each: far more than can be done, and all arithmetic with it is exact
+_COUNT, _COUNT_OR_0 = whole(1, 10**12), whole(0, 10**12)  # more than can be done
+_RULES = {
+    "steps": _COUNT,
+    "batch_size": _COUNT,
+    "warmup": _COUNT_OR_0,
+    "max_grad_norm": number(0, math.inf),
+    "recompute": SWITCH,
+    "seed": whole(0, 2**64 - 1),
+    "eval_every": _COUNT_OR_0,
+    "checkpoint_every": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -57,17 +66,15 @@ class TrainingConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for option, least in _LEAST.items():
-            value = getattr(self, option)
-            if option == "micro_batch_size" and value is None:
-                continue
-            if type(value) is not int or not least <= value <= _MOST:
-                raise ValueError(f"{option}: expected a whole number of {least} to {_MOST}, got {value!r:.80}")
-        if not (is_number(self.max_grad_norm) and self.max_grad_norm >= 0):
-            raise ValueError(f"max_grad_norm: expected a number of 0 or more, got {self.max_grad_norm!r:.80}")
-        if not isinstance(self.recompute, bool):
-            raise ValueError(f"recompute: expected True or False, got {self.recompute!r:.80}")
+        for option, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, option, value.item())  # rows and checkpoints are JSON
+        for option, rule in _RULES.items():
+            check(option, getattr(self, option), rule)
+        if self.micro_batch_size is not None:
+            check("micro_batch_size", self.micro_batch_size, _COUNT)
         check_options(self.lr, self.betas, 1e-8, self.weight_decay)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         self.learning_rate(0)  # raises for what makes no schedule
 
     def learning_rate(self, step: int) -> float:
@@ -132,7 +139,8 @@ def loss_and_gradients(
     gradient of the whole batch, also where micro-batches count different numbers of tokens.
     """
     count = int((labels != IGNORE).sum())
-    loss, grads = 0.0, {}
+    loss = 0.0
+    grads: dict[str, Array] = {}
     size = micro_batch_size or len(tokens)
     for start in range(0, len(tokens), size):
         logits, cache = model.forward(tokens[start : start + size], rng=rng, recompute=recompute)
@@ -145,6 +153,7 @@ def loss_and_gradients(
                 grads[name] += g
             else:
                 grads[name] = g
+        del cache, dlogits, dparams, g  # their memory serves the next micro-batch
     return loss, grads
 
 
@@ -175,41 +184,47 @@ def train(
     run = Run(params, optimizer, identity(model, dataset, config) if out is not None else {}, out)
 
     def measure(row: Row) -> None:
-        due = held_out is not None and config.eval_every and row["step"] % config.eval_every == 0
-        if due and "held_out_loss" not in row:
-            row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
+        if held_out is None or not config.eval_every or row["step"] % config.eval_every or "held_out_loss" in row:
+            return
+        row["held_out_loss"] = evaluate(model, held_out, config.micro_batch_size or config.batch_size).loss
 
     with recorded(run, resume):
         for row in run.rows[-1:]:
             measure(row)  # an interrupt may have come between the update and this
         for step in range(len(run.rows), config.steps):
-            begin, lr = time.perf_counter(), config.learning_rate(step)
             try:
-                tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
-                loss, grads = loss_and_gradients(
-                    model,
-                    tokens,
-                    labels,
-                    micro_batch_size=config.micro_batch_size,
-                    rng=np.random.default_rng([config.seed, step]),
-                    recompute=config.recompute,
-                )
-                norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
-                with uninterrupted():
-                    optimizer.step(grads, lr)
-                    row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
-                    row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
-                    run.rows.append(row)
+                row = _update(model, dataset, config, run, step)
                 measure(row)
                 run.record(row, save=(step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)
             except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"step {step + 1}, learning rate {lr:g}: {optimizer.fault() or error}"
-                ) from None
+                where = f"step {step + 1}, learning rate {config.learning_rate(step):.2g}"
+                raise FloatingPointError(f"{where}: {optimizer.fault() or error}") from None
             if on_step is not None:
                 on_step(row)
     _warn_if_diverged(run.rows)
     return run.rows
+
+
+def _update(model: Model, dataset: Dataset, config: TrainingConfig, run: Run, step: int) -> Row:
+    """Make update `step`, counted from 0: batch, gradients, clipping, AdamW; -> its row, which `run.rows` has too."""
+    begin = time.perf_counter()
+    tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
+    loss, grads = loss_and_gradients(
+        model,
+        tokens,
+        labels,
+        micro_batch_size=config.micro_batch_size,
+        rng=np.random.default_rng([config.seed, step]),  # of the dropout
+        recompute=config.recompute,
+    )
+    norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
+    lr = config.learning_rate(step)
+    with uninterrupted():
+        run.optimizer.step(grads, lr)
+        row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+        row |= {"tokens": int((labels != IGNORE).sum()), "seconds": time.perf_counter() - begin}
+        run.rows.append(row)
+    return row
 
 
 def _warn_if_diverged(rows: list[Row]) -> None:

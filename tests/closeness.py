@@ -6,7 +6,7 @@ each is from float64 says whose rounding it is. A bound that holds on every CPU 
 
 from refqlora.parity.differences import relative_differences
 
-NEAR = 1e-4  # of a tensor's largest element: mistakes are larger, rounding is smaller even where terms cancel
+NEAR, WORST = 1e-5, 1e-4  # of a tensor's largest element: all tensors together, and a single one where terms cancel
 FACTOR = 1.5
 FLOOR = 2.0**-20  # eight roundings of float32: below it, chance says who is nearer
 
@@ -14,12 +14,14 @@ FLOOR = 2.0**-20  # eight roundings of float32: below it, chance says who is nea
 def agree_but_for_rounding(what, found, expected, exact):
     """`exact` is ours in float64; each is an array, or a dict of arrays by name.
 
-    The distance to float64 is the root mean square over the tensors: where terms cancel, a single one is off by chance.
+    A distance is the root mean square over the tensors: where terms cancel, a single one is off by chance.
     """
     found, expected, exact = (x if isinstance(x, dict) else {"": x} for x in (found, expected, exact))
-    apart = max(relative_differences(found, expected).values())
+    differences = relative_differences(found, expected)
+    worst, apart = max(differences.values()), root_mean_square(differences)
     ours, theirs = (root_mean_square(relative_differences(x, exact)) for x in (found, expected))
-    print(f"{what:<40} {apart:.1e}  from float64: ours {ours:.1e}, theirs {theirs:.1e}")
+    print(f"{what:<40} {worst:.1e}, all {apart:.1e}; from float64 ours {ours:.1e}, theirs {theirs:.1e}")
+    assert worst < WORST, what
     assert apart < NEAR, what
     assert ours < FACTOR * theirs + FLOOR, what
 

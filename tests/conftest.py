@@ -16,6 +16,16 @@ def _fail_if_oracle_is_missing(node, report):
         report.longrepr = f"{node.nodeid}: REFQLORA_REQUIRE_ORACLES is set, and this was to be skipped: {reason}"
 
 
+@pytest.fixture
+def uncompiled():
+    """bitsandbytes' fallback for odd sizes and large blocks is compiled for each shape: the same result, a minute
+    later, and not without a C++ compiler."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     report = yield

@@ -141,6 +141,15 @@ def test_the_reading_order_names_each_file_of_the_engine_once():
     assert sorted(ORDER) == sorted(ENGINE - {"__init__"})
 
 
+def test_no_test_file_imports_another():
+    files = {path.stem: path for path in Path(__file__).parent.rglob("test_*.py")}
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert [name for name in names if name in files] == [], path
+
+
 def test_no_circle_of_modules():
     assert circle(graph(lambda name: name)) == []
 

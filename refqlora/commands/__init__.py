@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as saved:  # training says in it what it has saved
         again = shlex.join(["refqlora", *(word for word in argv if word != "--resume"), "--resume"])
-        _say(f"\n{program}: interrupted{f': {saved}; to go on: {again}' if str(saved) else ''}")
+        _say(f"\n{program}: interrupted" + (f": {saved}; to go on: {again}" if str(saved) else ""))
         return 130
 
 

@@ -24,6 +24,7 @@ from ..memory.held import training_bytes
 from ..model import Model
 from ..optim import AdamW
 from ..quantization_error import Error, quantization_error
+from ..resume import check_start
 from ..text import corpus
 from ..text.dataset import Dataset
 from ..text.encoding import pack, tokenize_examples
@@ -72,6 +73,7 @@ def training_config(steps: int, seed: int, **options: Any) -> TrainingConfig:
 
 def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume: bool = False) -> dict[str, Any]:
     """Quantise, fine-tune, compare; print it as it goes; write adapter, metrics and figure to `out`; -> the figures."""
+    check_start(out, resume)
     keep_freed_memory()
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

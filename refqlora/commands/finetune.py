@@ -5,23 +5,49 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..backend import keep_freed_memory
 from ..figures.loss import held_out_losses, loss_figure
+from ..files import adapter_files
 from ..files.hub import BUNDLED, model_directory
+from ..files.writing import locked
 from ..lora_config import INITS, LoraConfig
+from ..memory.available import available_bytes
+from ..memory.planned import plan_step, size_text
 from ..model import Model
 from ..optim import SCHEDULES
+from ..resume import CHECKPOINT, check_start, read_identity
 from ..text.chat import load_chat_template
-from ..text.data_files import read_dataset
-from ..text.tokenizer import load_tokenizer
-from ..training import TrainingConfig, evaluate, train
+from ..text.data_files import datasets, read_data
+from ..text.dataset import Dataset
+from ..text.examples import Conversation
+from ..training import Evaluation, TrainingConfig, evaluate, train
 from .options import common, console, count, model, natural, report
+from .progress import progress
+from .sample import generate_command, show_sample, write_sample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_LENGTH = 512  # tokens in a sequence, unless --max-length or the model's context says otherwise
+SPARE = 0.8  # of the memory that is available may be planned for
+LESS = "a smaller --max-length, --micro-batch-size, --batch-size or --rank, or --recompute, needs less"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training needs."""
+
+    model: Model
+    train_set: Dataset
+    held_out: Dataset | None
+    config: TrainingConfig
+    chat: bool  # the data are conversations
 
 
 def finetune(
@@ -41,64 +67,152 @@ def finetune(
     """Train an adapter on `data` and write it, metrics.jsonl, loss.png and a checkpoint to `out`; -> the figures.
 
     base: a model's directory, or its id on the hub, which is what the adapter then names. adapter: the fields of
-    LoraConfig. training: those of TrainingConfig; `epochs` may stand for its steps.
-    Raises ValueError or FileNotFoundError, before anything is trained, for what is wrong with files or options.
+    LoraConfig. training: those of TrainingConfig; `epochs` may stand for its steps. held_out: a fraction; 0 for none.
+    Raises ValueError or FileNotFoundError, before anything is trained, for what is wrong with files or options, and
+    MemoryError for a step that cannot fit.
     """
     keep_freed_memory()
-    seed = training.get("seed", 0)
+    check_place(out, resume)
+    with locked(out):
+        check_place(out, resume)  # now that no other process writes there
+        if resume and training.get("micro_batch_size") is None:
+            # As it was, whatever fits now: the last bits depend on it.
+            training = {**training, "micro_batch_size": read_identity(out / CHECKPOINT).get("micro_batch_size")}
+        job = prepare(data, console, base, quantize, adapter, training, epochs, max_length, held_out)
+        model, config = job.model, job.config
+        model.set_adapter(None)
+        before = measure(job, "before", console)  # a new adapter changes nothing, so this is its loss too
+        model.set_adapter("default")
+        with progress("fine-tuning", config.steps, console.quiet) as bar:
+            rows = train(model, job.train_set, config, held_out=job.held_out, out=out, resume=resume, on_step=bar)
+        model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
+        after = measure(job, "after", console)
+        curve = held_out_losses(rows, before.loss, after.loss) if before and after else {}
+        loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
+        sample = write_sample(model, job.held_out or job.train_set)
+    prompt = None if job.chat else sample["prompt"]
+    facts = {
+        "steps": config.steps,
+        "trainable_parameters": sum(p.size for p in model.trainable().values()),
+        "training_tokens": job.train_set.counted_tokens,
+        "training_loss": {"first": rows[0]["loss"], "last": rows[-1]["loss"]},
+        "held_out_loss": before and after and {"before": before.loss, "after": after.loss},
+        "held_out_bits_per_byte": before and after and {"before": before.bits_per_byte, "after": after.bits_per_byte},
+        "sample": sample,
+        "generate": generate_command(out, None if base == BUNDLED else base, quantize, prompt),
+    }
+    tell(facts, out, console)
+    return facts
+
+
+def check_place(out: Path, resume: bool) -> None:
+    """Raise ValueError or FileNotFoundError unless a run may begin, or with `resume` go on, in the directory `out`."""
+    check_start(out, resume)
+    for name in (CHECKPOINT, adapter_files.WEIGHTS, adapter_files.CONFIG):
+        if not resume and (out / name).exists():
+            raise ValueError(
+                f"{out / name}: an adapter has been trained here: choose another --out, or see its figures again with "
+                "--resume"
+            )
+
+
+def prepare(
+    data: Path,
+    console: Console,
+    base: str | Path,
+    quantize: bool,
+    adapter: dict[str, Any],
+    training: dict[str, Any],
+    epochs: float | None,
+    max_length: int | None,
+    held_out: float,
+) -> Job:
+    """Load the model and the data, put the adapter on, plan the memory, and say what there is."""
+    seed, adapters = training.get("seed", 0), {"default": LoraConfig(**adapter)}
     directory = model_directory(base)
-    adapters = {"default": LoraConfig(**adapter)}
     model = Model.from_pretrained(directory, quantize="nf4" if quantize else None, adapters=adapters, seed=seed)
-    tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    eos = model.config.eos_token_id
-    eos = eos[0] if isinstance(eos, tuple) and eos else eos
-    if not isinstance(eos, int) or not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
-        raise ValueError(f"{base}: a token must end every text: the model's eos_token_id is {eos}")
-    max_length = max_length or model.config.max_positions
-    if not 1 <= max_length <= model.config.max_positions:
-        raise ValueError(f"max length must be 1 to {model.config.max_positions}, the model's context, not {max_length}")
-    template = load_chat_template(directory, tokenizer, eos)
+    tokenizer = model.tokenizer
+    eos = model.config.ends[0] if model.config.ends else -1  # the first of them ends the texts to be learnt
+    if not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
+        raise ValueError(
+            f"{base}: a token must end every text: the model's eos_token_id is {model.config.eos_token_id}"
+        )
+    context = model.config.max_positions
+    max_length = min(MAX_LENGTH, context) if max_length is None else max_length
+    if not 2 <= max_length <= context:
+        raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
-    train_set, eval_set = read_dataset(data, tokenizer, template, eos, max_length, held_out, seed, say)
+    items = read_data(data, load_chat_template(directory, tokenizer, eos), say)
+    train_set, eval_set = datasets(items, tokenizer, eos, max_length, held_out, seed)
     if truncated := train_set.truncated + eval_set.truncated:
         console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
     if epochs is not None:
-        batch_size = training.get("batch_size", TrainingConfig.batch_size)
-        training = {**training, "steps": max(1, round(epochs * len(train_set) / batch_size))}
+        steps = epochs * len(train_set) / training.get("batch_size", TrainingConfig.batch_size)
+        if not 0 < steps < 1e12:
+            raise ValueError(f"epochs: expected a number above 0 and of at most {10**12:,} steps, got {epochs}")
+        training = {**training, "steps": max(1, round(steps))}
     config = TrainingConfig(**training)
-
-    trainable = sum(p.size for p in model.trainable().values())
     console.print(
         f"{len(train_set):,} sequences ({train_set.counted_tokens:,} tokens count), {len(eval_set):,} held out; "
-        f"{trainable:,} trainable parameters; {config.steps:,} steps of {config.batch_size}",
+        f"{sum(p.size for p in model.trainable().values()):,} trainable parameters; "
+        f"{config.steps:,} steps of {config.batch_size}",
         highlight=False,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    at_once = config.micro_batch_size or config.batch_size
-    model.set_adapter(None)
-    before = evaluate(model, eval_set, at_once)  # a new adapter changes nothing, so this is its loss too
-    model.set_adapter("default")
-    rows = train(model, train_set, config, held_out=eval_set, out=out, resume=resume, title="fine-tuning")
-    after = evaluate(model, eval_set, at_once)
-    model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
-    curve = held_out_losses(rows, before.loss, after.loss)
-    loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
-    console.print(f"held-out loss {before.loss:.4f} before, {after.loss:.4f} after (nats a token)", highlight=False)
+    config = fitted(model, config, max(map(len, (*train_set.tokens, *eval_set.tokens))), console)
+    return Job(model, train_set, eval_set or None, config, isinstance(items[0], Conversation))
+
+
+def fitted(model: Model, config: TrainingConfig, length: int, console: Console) -> TrainingConfig:
+    """`config` with the micro-batches and the recomputation that fit in the memory that is free, which it prints.
+
+    length: of the longest sequence. Raises MemoryError if a step cannot fit.
+    """
+    free = available_bytes()
+    room = math.inf if free is None else SPARE * free
+    plan = plan_step(model, length, config.batch_size, room, config.micro_batch_size, config.recompute)
+    how = f"{config.batch_size} sequences of up to {length} tokens"
+    how += f", {plan.micro_batch} at a time" if plan.micro_batch < config.batch_size else ""
+    how += ", each layer computed again in the backward" if plan.recompute else ""
+    left = "" if free is None else f"; {size_text(free)} are free"
+    if plan.nbytes > room:
+        share = f"of which {100 * SPARE:.0f} % can be planned for"
+        raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}, {share}")
+    held = sum(p.nbytes for p in (*model.params.values(), *model.trainable().values()))
     console.print(
-        f"wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png",
+        f"memory: {size_text(held)} for the model, {size_text(plan.nbytes)} more for a step of {how}{left}",
         highlight=False,
-        markup=False,
     )
-    return {
-        "steps": config.steps,
-        "trainable_parameters": trainable,
-        "training_tokens": train_set.counted_tokens,
-        "held_out_loss": {"before": before.loss, "after": after.loss},
-        "held_out_bits_per_byte": {"before": before.bits_per_byte, "after": after.bits_per_byte},
-    }
+    micro_batch = config.micro_batch_size if plan.micro_batch == config.batch_size else plan.micro_batch
+    return replace(config, micro_batch_size=micro_batch, recompute=plan.recompute)
+
+
+def measure(job: Job, when: str, console: Console) -> Evaluation | None:
+    """The held-out loss, with a bar; None where nothing is held out."""
+    if job.held_out is None:
+        return None
+    with progress(f"held-out loss {when}", len(job.held_out), console.quiet) as bar:
+        return evaluate(job.model, job.held_out, job.config.micro_batch_size or job.config.batch_size, bar)
+
+
+def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
+    """Print what has come of it."""
+    if held_out := facts["held_out_loss"]:
+        said = f"held-out loss {held_out['before']:.4f} before, {held_out['after']:.4f} after (nats a token)"
+    else:
+        said = "training loss {first:.4f} in the first step, {last:.4f} in the last".format(**facts["training_loss"])
+    console.print(said, highlight=False)
+    if held_out and held_out["after"] > held_out["before"]:
+        warnings.warn(
+            f"the held-out loss rose from {held_out['before']:.4f} to {held_out['after']:.4f}: this adapter is worse "
+            "than none; train on more text, in fewer steps, or with a lower learning rate",
+            stacklevel=3,
+        )
+    files = "adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
+    console.print(f"wrote {out}/: {files}", highlight=False, markup=False)
+    show_sample(facts["sample"], facts["generate"], console)
 
 
 # ---- the command ----
@@ -141,7 +255,7 @@ def add(options: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=float, default=None, help="passes over the data (default: 3)")
     group.add_argument("--batch-size", type=count, default=16, help="sequences a step")
     group.add_argument(
-        "--micro-batch-size", type=count, default=None, help="sequences at a time, to save memory (default: all)"
+        "--micro-batch-size", type=count, default=None, help="sequences at a time (default: as many as fit in memory)"
     )
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
@@ -149,13 +263,15 @@ def add(options: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, as in AdamW")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this global norm; 0: do not")
     group.add_argument(
-        "--max-length", type=count, default=None, help="tokens in a sequence (default: the model's context)"
+        "--max-length", type=count, default=None, help="tokens in a sequence (default: 512, or the model's context)"
     )
-    group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data kept for evaluation")
+    group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data kept for evaluation; 0: none")
     group.add_argument("--eval-every", type=natural, default=100, help="steps between evaluations; 0: only at the end")
     group.add_argument("--checkpoint-every", type=count, default=50, help="steps between checkpoints")
     group.add_argument(
-        "--recompute", action="store_true", help="gradient checkpointing: less memory, a third more time"
+        "--recompute",
+        action="store_true",
+        help="gradient checkpointing: less memory, a third more time (default: if a step does not fit without)",
     )
     common(options)
 
@@ -164,9 +280,9 @@ def run(a: argparse.Namespace) -> None:
     if a.steps is not None and a.epochs is not None:
         raise ValueError("--steps and --epochs exclude each other")
     if a.epochs is not None and not 0 < a.epochs < math.inf:
-        raise ValueError(f"--epochs must be a number above 0, not {a.epochs}")
-    same = ("batch_size", "micro_batch_size", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
-    same += ("eval_every", "checkpoint_every", "recompute", "seed")
+        raise ValueError(f"--epochs: expected a number above 0, got {a.epochs}")
+    same = ["batch_size", "micro_batch_size", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm"]
+    same += ["eval_every", "checkpoint_every", "recompute", "seed"]
     adapter = {
         "rank": a.rank,
         "alpha": a.alpha,
@@ -180,19 +296,22 @@ def run(a: argparse.Namespace) -> None:
         "rank_pattern": dict(a.rank_pattern or ()),
         "alpha_pattern": dict(a.alpha_pattern or ()),
     }
-    facts = finetune(
-        a.data,
-        a.out,
-        console(a),
-        base=a.model,
-        quantize=not a.no_quantize,
-        adapter=adapter,
-        training={"steps": a.steps or 1, **{option: getattr(a, option) for option in same}},
-        epochs=None if a.steps is not None else (a.epochs or 3.0),
-        max_length=a.max_length,
-        held_out=a.held_out,
-        resume=a.resume,
-    )
+    try:
+        facts = finetune(
+            a.data,
+            a.out,
+            console(a),
+            base=a.model,
+            quantize=not a.no_quantize,
+            adapter=adapter,
+            training={"steps": a.steps or 1, **{option: getattr(a, option) for option in same}},
+            epochs=a.epochs if a.epochs is not None else 3.0 if a.steps is None else None,
+            max_length=a.max_length,
+            held_out=a.held_out,
+            resume=a.resume,
+        )
+    except MemoryError as error:
+        raise MemoryError(f"{error or 'memory is used up'}: {LESS}") from None
     report(a, facts)
 
 

@@ -14,7 +14,7 @@ from ..config import Config
 from ..figures.loss import held_out_losses, loss_figure
 from ..files.writing import write_bytes
 from ..model import Model
-from ..resume import CHECKPOINT
+from ..resume import CHECKPOINT, check_start
 from ..text import corpus
 from ..text.encoding import pack
 from ..text.generation import complete
@@ -73,6 +73,7 @@ def pretrain(
         eval_every=max(1, steps // 20),
         checkpoint_every=100,
     )
+    check_start(out, resume)
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     documents, unseen = corpus.modules(held_out=False), corpus.modules(held_out=True)

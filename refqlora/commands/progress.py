@@ -1,23 +1,23 @@
-"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing where it is unwanted."""
+"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing with --json."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from ..training import Row
+if TYPE_CHECKING:
+    from ..training import Row
 
 SILENCE = 30  # seconds without a line in a pipe, at the most
 SHARE = 0.05  # of the steps: a line in a pipe after each
 SLOW = 4  # times as long as the first steps took: something else wants the processors
 BUSY = (
-    "a step now takes {:.0f} times as long as the first ones did. Where another process is busy, the threads of the BLAS "
-    "wait for one another: OPENBLAS_NUM_THREADS=1 before the command is often faster then"
+    "a step now takes {:.0f} times as long as the first ones did. If another process is busy, too, the threads "
+    "of the BLAS wait for one another, and OPENBLAS_NUM_THREADS=1 in the environment is often faster"
 )
 
 
@@ -28,37 +28,50 @@ def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[
     It goes to stderr. A bar where that is a terminal; elsewhere a line at the first row, at the last, and after every
     twentieth of the steps or 30 seconds (of numbers, only after 30 seconds).
     """
-    console = Console(stderr=True)
-    if quiet:
+    if quiet or sys.stderr is None:
         yield lambda _: None
         return
-    meter = Meter(total)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, words="")
+    with (_bar if sys.stderr.isatty() else _lines)(title, Meter(total)) as update:
+        yield update
+
+
+@contextmanager
+def _bar(title: str, meter: Meter) -> Iterator[Callable[[Row | int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    words = TextColumn("{task.fields[words]}")
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), words)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=meter.total, words="")
 
         def update(now: Row | int) -> None:
             done, words = meter.read(now)
             bar.update(task, completed=done, words=words)
-            if not console.is_terminal and meter.line_is_due(done, isinstance(now, int)):
-                console.print(f"{title} {done:,}/{total:,}  {words}", highlight=False, markup=False, soft_wrap=True)
             if advice := meter.advice():
-                console.print(f"Warning: {advice}", highlight=False, markup=False, soft_wrap=True)
+                bar.console.print(f"Warning: {advice}", highlight=False, markup=False)
 
         yield update
+
+
+@contextmanager
+def _lines(title: str, meter: Meter) -> Iterator[Callable[[Row | int], None]]:
+    def update(now: Row | int) -> None:
+        done, words = meter.read(now)
+        lines = [f"{title} {done:,}/{meter.total:,}  {words}"] if meter.line_is_due(done, isinstance(now, int)) else []
+        lines += [f"Warning: {advice}"] if (advice := meter.advice()) else []
+        with suppress(OSError):  # nobody reads them any more
+            print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
+
+    yield update
 
 
 class Meter:
     """Rows of metrics in a few words: loss and tokens a second, smoothed for the eye, and the time left."""
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total, self.clock = total, clock
-        self.begin = self.last_line = clock()
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.begin = self.last_line = time.monotonic()
         self.first_done: int | None = None  # where a resumed run begins
         self.loss = self.speed = 0.0
         self.costs: list[tuple[float, float]] = []  # of the first steps and of the last: seconds, and seconds a token
@@ -70,8 +83,8 @@ class Meter:
         done = now if isinstance(now, int) else now["step"]
         began = self.first_done is None
         if self.first_done is None:
-            self.first_done = done - 1
-        each = (self.clock() - self.begin) / max(1, done - self.first_done)
+            self.first_done = 0 if isinstance(now, int) else done - 1
+        each = (time.monotonic() - self.begin) / max(1, done - self.first_done)
         left = f"{duration(each * (self.total - done))} left"
         if isinstance(now, int):
             return done, left
@@ -84,9 +97,9 @@ class Meter:
     def line_is_due(self, done: int, by_time_only: bool) -> bool:
         """Whether a line is to be printed at this step; it counts as printed."""
         by_steps = not by_time_only and (done >= self.next_line or done == self.total)
-        if not by_steps and self.clock() - self.last_line < SILENCE:
+        if not by_steps and time.monotonic() - self.last_line < SILENCE:
             return False
-        self.last_line, self.next_line = self.clock(), done + SHARE * self.total
+        self.last_line, self.next_line = time.monotonic(), done + SHARE * self.total
         return True
 
     def advice(self) -> str | None:

@@ -166,9 +166,8 @@ def their_adamw(
 
 def load_strictly(path: str | Path) -> Any:
     """transformers' model of the directory; ValueError if it misses a tensor or finds one too many."""
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, device_map="cpu", output_loading_info=True
-    )
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # a pair, with output_loading_info
+    theirs, info = load(path, dtype=torch.float32, device_map="cpu", output_loading_info=True)
     for what, names in info.items():
         if names:
             raise ValueError(f"transformers reports {what}: {sorted(map(str, names))[0]}")

@@ -74,7 +74,18 @@ def read_dataset(
     held_out: the fraction that is held out, 0 for none. Raises what `read_data`, `split`, `pack` and
     `tokenize_examples` raise.
     """
-    found = read_data(path, template, say)
+    return datasets(read_data(path, template, say), tokenizer, eos_id, max_length, held_out, seed)
+
+
+def datasets(
+    found: list[Document] | list[Example | Conversation],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    max_length: int,
+    held_out: float,
+    seed: int,
+) -> tuple[Dataset, Dataset]:
+    """`read_dataset` of what `read_data` has found."""
     if documents := [item for item in found if isinstance(item, Document)]:
         return pack_split(documents, tokenizer, max_length, eos_id, held_out, seed)
     training, rest = split([item for item in found if not isinstance(item, Document)], held_out, seed)

@@ -318,7 +318,11 @@ BAD = [
     (FINETUNE + "--rank 0", "--rank: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--rank two", "--rank: expected a whole number of 1 or more, got 'two'"),
     (FINETUNE + "--rank 1000000000000", "rank: expected a whole number from 1 to 2147483647, got 1000000000000"),
-    (FINETUNE + "--rank 2147483647", "Unable to allocate"),
+    (FINETUNE + "--rank 2147483647", "Unable to allocate .*: a smaller --max-length, .* or --rank, .* needs less"),
+    (
+        FINETUNE + "--batch-size 2000000000",
+        r"a step of 2000000000 sequences .* needs \S+ [GT]B; .* are free, of which 80 % can be planned for: a smaller",
+    ),
     (FINETUNE + "--alpha nan", r"alpha: expected a number from 0 to 1e\+09, got nan"),
     (FINETUNE + "--alpha 0", "q_proj: alpha: expected a number above 0, got 0"),
     (FINETUNE + "--dropout 1", "dropout: expected a number from 0 to below 1, got 1.0"),
@@ -326,23 +330,24 @@ BAD = [
     (FINETUNE + "--steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--steps -3", "--steps: expected a whole number of 1 or more, got '-3'"),
     (FINETUNE + "--epochs 1", "--steps and --epochs exclude each other"),
-    ("finetune --data text.txt --model model --epochs 0", "--epochs must be a number above 0, not 0.0"),
-    ("finetune --data text.txt --model model --epochs inf", "--epochs must be a number above 0, not inf"),
-    ("finetune --data text.txt --model model --epochs nan", "--epochs must be a number above 0, not nan"),
-    (FINETUNE + "--max-length 65", "max length must be 1 to 64, the model's context, not 65"),
-    (FINETUNE + "--max-length 1", "length of a sequence: expected 2 or more, got 1"),
+    ("finetune --data text.txt --model model --epochs 0", "--epochs: expected a number above 0, got 0.0"),
+    ("finetune --data text.txt --model model --epochs 1e308", r"epochs: expected .* at most .* steps, got 1e\+308"),
+    ("finetune --data text.txt --model model --epochs inf", "--epochs: expected a number above 0, got inf"),
+    ("finetune --data text.txt --model model --epochs nan", "--epochs: expected a number above 0, got nan"),
+    (FINETUNE + "--max-length 65", "max length: expected 2 to 64, the model's context, got 65"),
+    (FINETUNE + "--max-length 1", "max length: expected 2 to 64, the model's context, got 1"),
     (FINETUNE + "--max-length 0", "--max-length: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--held-out 1.5", "held-out fraction: expected at least 0 and less than 1, got 1.5"),
     (FINETUNE + "--held-out nan", "held-out fraction: expected at least 0 and less than 1, got nan"),
     (FINETUNE + "--held-out 0.99", "nothing is left to train on"),
-    (FINETUNE + "--lr nan", "lr: expected a finite number, 0 or more, got nan"),
-    (FINETUNE + "--lr -1", "lr: expected a finite number, 0 or more, got -1.0"),
+    (FINETUNE + "--lr nan", "lr: expected a number from 0 to 1e.300, got nan"),
+    (FINETUNE + "--lr -1", "lr: expected a number from 0 to 1e.300, got -1.0"),
     (FINETUNE + "--lr fast", "--lr: invalid float value: 'fast'"),
     (FINETUNE + "--schedule sine", "--schedule: invalid choice: 'sine'"),
     (FINETUNE + "--warmup 3", r"warmup_steps: expected 0 to total_steps \(2\), got 3"),
     (FINETUNE + "--warmup -1", "--warmup: expected a whole number of 0 or more, got '-1'"),
-    (FINETUNE + "--weight-decay -1", "weight_decay: expected a finite number, 0 or more, got -1.0"),
-    (FINETUNE + "--max-grad-norm nan", "max_grad_norm: expected a number of 0 or more, got nan"),
+    (FINETUNE + "--weight-decay -1", "weight_decay: expected a number from 0 to 1e.300, got -1.0"),
+    (FINETUNE + "--max-grad-norm nan", "max_grad_norm: expected a number from 0 to inf, got nan"),
     (FINETUNE + "--batch-size 0", "--batch-size: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--micro-batch-size 0", "--micro-batch-size: expected a whole number of 1 or more, got '0'"),
     (FINETUNE + "--eval-every -1", "--eval-every: expected a whole number of 0 or more, got '-1'"),
@@ -367,7 +372,11 @@ BAD = [
     ("demo --out text.txt", "text.txt: File exists"),
     ("compare --out text.txt", "text.txt: File exists"),
     ("pretrain --out text.txt", "text.txt: File exists"),
-    ("pretrain --out out --lr nan", "lr: expected a finite number, 0 or more, got nan"),
+    *(
+        (f"{job} --out out --resume", "out/checkpoint.safetensors: no such file: there is no run to resume")
+        for job in ("demo", "pretrain", "finetune --data text.txt --model model")
+    ),
+    ("pretrain --out out --lr nan", "lr: expected a number from 0 to 1e.300, got nan"),
 ]
 
 
@@ -404,7 +413,8 @@ def test_a_place_that_may_not_be_written_to_for_anyone(place, capsys, monkeypatc
 def test_a_run_that_diverges_is_told_and_nothing_else(place, capsys, recwarn):
     argv = FINETUNE.replace("--steps 2", "--steps 9") + "--lr 1e30"
     assert call(*argv.split()) == 2
-    message = r"refqlora finetune: step 2, learning rate 1e\+30: gradient of model\.layers\S+: \d+ of \d+ values are NaN or infinite\n"
+    message = r"fine-tuning 1/9 .*\nrefqlora finetune: step 2, learning rate 9.7e.29: "
+    message += r"gradient of model\.layers\S+: \d+ of \d+ values are NaN or infinite\n"
     assert re.fullmatch(message, capsys.readouterr().err)
     assert list(recwarn) == []
     assert not (place / "out" / "adapter_model.safetensors").exists()
@@ -414,7 +424,8 @@ def test_interrupted_and_resumed(place, capsys):
     options = FINETUNE.replace("--steps 2", "--steps 5")
     with tiny.interrupted(finetune, 3, checkpoint_every=1):
         assert call(*options.split()) == 130
-    assert "refqlora finetune: interrupted" in capsys.readouterr().err
+    saved = "refqlora finetune: interrupted: step 3 of 5 is saved in out/checkpoint.safetensors"
+    assert f"\n{saved}; to go on: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
     assert call(*options.split()) == 2
     assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0
@@ -433,7 +444,8 @@ def test_finetune_then_generate(data, place, capsys):
     options = f"finetune --model model --data {data} --max-length 32 --steps 3 --batch-size 4 --rank 4 --held-out 0.2"
     assert call(*options.split(), "--out", "a") == 0
     out, err = capsys.readouterr()
-    assert err == ""  # no bar where the output is no terminal
+    bars = r"((fine-tuning|held-out loss (before|after)) \d/\d.* left\n)+"  # a line at times where there is no terminal
+    assert re.fullmatch(bars, err)
     assert re.search(
         r"[\d,]+ sequences \([\d,]+ tokens count\), \d+ held out; [\d,]+ trainable parameters; 3 steps", out
     )
@@ -485,8 +497,11 @@ def test_json_is_all_that_is_printed(place, capsys):
         "steps",
         "trainable_parameters",
         "training_tokens",
+        "training_loss",
         "held_out_loss",
         "held_out_bits_per_byte",
+        "sample",
+        "generate",
     }
     assert facts["held_out_loss"].keys() == {"before", "after"}
 

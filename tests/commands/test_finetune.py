@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from safetensors.numpy import load_file
 import refqlora as rq
 from refqlora import adapters
 from refqlora.commands import finetune as module
+from refqlora.commands import main
 from refqlora.commands.finetune import finetune
+from refqlora.commands.sample import show_sample
 from refqlora.files.reading import read_json
+from refqlora.resume import read_identity
 from refqlora.text.chat import load_chat_template
-from refqlora.text.data_files import read_dataset
+from refqlora.text.data_files import datasets, read_dataset
+from refqlora.text.examples import Example
 from refqlora.text.tokenizer import load_tokenizer
-from refqlora.training import evaluate
+from refqlora.training import Evaluation, evaluate
 
 ADAPTER = {"rank": 3, "alpha": 6.0}
 TRAINING = {"steps": 4, "batch_size": 3, "lr": 1e-2}
@@ -45,6 +50,12 @@ def go(data, out, base, **options):
     console = Console(file=printed, width=200)
     options = {"adapter": ADAPTER, "training": TRAINING, "held_out": 0.25, **options}
     return finetune(data, out, console, base=base, **options), printed.getvalue()
+
+
+def settled(facts, printed, out):
+    """What a run says, but for the directory and for how much memory was free."""
+    printed = re.sub(r"; \S+ \S+ are free", "", printed)
+    return json.loads(json.dumps(facts).replace(str(out), "OUT")), printed.replace(str(out), "OUT")
 
 
 def sets(data, base, max_length=64):
@@ -112,17 +123,17 @@ def test_the_bundled_base_has_a_name(pairs, base, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_resumed_changes_nothing(run, pairs, base):
-    out, facts, printed = run
+    out, *said = run
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert go(pairs, out, base, resume=True) == (facts, printed)
+    assert settled(*go(pairs, out, base, resume=True), out) == settled(*said, out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_stopped_and_resumed(run, pairs, base, tmp_path):
     with tiny.interrupted(module, 3, checkpoint_every=2), pytest.raises(KeyboardInterrupt):
         go(pairs, tmp_path, base)
-    facts, printed = go(pairs, tmp_path, base, resume=True)
-    assert (facts, printed.replace(str(tmp_path), str(run[0]))) == run[1:]
+    said = go(pairs, tmp_path, base, resume=True)
+    assert settled(*said, tmp_path) == settled(*run[1:], run[0])
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).read_bytes() == (run[0] / name).read_bytes()
 
@@ -213,14 +224,13 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
     config = read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 0]}))
     seen = []
-    read = module.read_dataset
 
     def spy(*args):
-        seen.extend(read(*args))
+        seen.extend(datasets(*args))
         return seen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "read_dataset", spy)
+        patch.setattr(module, "datasets", spy)
         go(pairs, tmp_path / "out", tmp_path)
     assert {int(labels[-1]) for part in seen for labels in part.labels} == {7}
 
@@ -228,11 +238,15 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 65}, "max length must be 1 to 64, the model's context, not 65"),
+        ({"max_length": 65}, "max length: expected 2 to 64, the model's context, got 65"),
+        ({"max_length": 1}, "max length: expected 2 to 64, the model's context, got 1"),
+        ({"epochs": 1e308}, r"epochs: expected .* got 1e\+308"),
+        ({"epochs": -1.0}, "epochs: expected a number above 0"),
+        ({"epochs": np.nan}, "epochs: expected a number above 0"),
         ({"adapter": {"rank": 0}}, "rank: expected a whole number"),
         ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
-        ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a finite number"),
-        ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* found 5"),
+        ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a number from 0"),
+        ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* got 5"),
         ({"held_out": 1.0}, "held-out fraction: expected at least 0 and less than 1, got 1.0"),
     ],
 )
@@ -249,3 +263,170 @@ def test_a_name_is_only_a_name(base, tmp_path):
     _, printed = go(data, out, base)
     assert f"wrote {out}/: " in re.sub(r"\s*\n\s*", "", printed)
     assert (out / "loss.png").stat().st_size > 1000
+
+
+# ---- where it writes ----
+
+
+def test_a_finished_run_is_not_written_over(run, pairs, base):
+    out = run[0]
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=f"{out}/checkpoint.safetensors: an adapter has been trained here: .*--resume"):
+        go(pairs, out, base)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_of_others_is_not_written_over(name, pairs, base, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"{name}: an adapter has been trained here"):
+        go(pairs, tmp_path, base)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_nothing_to_resume(pairs, base, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"out/checkpoint\.safetensors: no such file: there is no run to resume"
+    ):
+        go(pairs, tmp_path / "out", base, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is held out ----
+
+
+def test_all_is_trained_on_where_nothing_is_held_out(base, tmp_path):
+    """Also a single example."""
+    data = write_pairs(tmp_path / "one.jsonl", tiny.EXAMPLES[:1])
+    facts, printed = go(data, tmp_path / "out", base, held_out=0.0, training={**TRAINING, "eval_every": 1})
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert facts["held_out_loss"] is facts["held_out_bits_per_byte"] is None
+    assert facts["training_loss"] == {"first": rows[0]["loss"], "last": rows[-1]["loss"]}
+    assert all("held_out_loss" not in row for row in rows)
+    assert "1 sequences" in printed
+    assert f"training loss {rows[0]['loss']:.4f} in the first step, {rows[-1]['loss']:.4f} in the last" in printed
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+
+
+def test_a_worse_adapter_is_told(pairs, base, tmp_path, monkeypatch):
+    found = iter([Evaluation(2.0, 9, 3.0), Evaluation(2.5, 9, 3.5)])
+    monkeypatch.setattr(module, "evaluate", lambda *args: next(found))
+    with pytest.warns(
+        UserWarning, match=r"the held-out loss rose from 2\.0000 to 2\.5000: this adapter is worse than none"
+    ):
+        go(pairs, tmp_path / "out", base)
+
+
+# ---- memory ----
+
+
+@pytest.fixture
+def room(monkeypatch):
+    def set_room(nbytes):
+        monkeypatch.setattr(module, "available_bytes", lambda: nbytes)
+
+    return set_room
+
+
+def micro_batch(out):
+    return read_identity(out / "checkpoint.safetensors")["micro_batch_size"]
+
+
+def test_a_step_is_made_to_fit(pairs, base, tmp_path, room):
+    sizes = {}
+    for name, free in (("all", 10**9), ("some", 700_000), ("none", None)):
+        room(free)
+        _, printed = go(pairs, tmp_path / name, base)
+        sizes[name] = micro_batch(tmp_path / name)
+        assert re.search(
+            r"memory: \S+ kB for the model, \S+ [kM]B more for a step of 3 sequences of up to \d+ tokens", printed
+        )
+        assert ("are free" in printed) == (free is not None)
+    assert sizes == {"all": None, "some": 1, "none": None}
+
+
+def test_layers_are_recomputed_where_nothing_else_fits(pairs, base, tmp_path, room):
+    room(500_000)
+    _, printed = go(pairs, tmp_path / "a", base, training={**TRAINING, "micro_batch_size": 1})
+    assert ", 1 at a time, each layer computed again in the backward; 500 kB are free" in printed
+    room(10**9)
+    go(pairs, tmp_path / "b", base, training={**TRAINING, "micro_batch_size": 1})
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_resumed_run_keeps_its_micro_batches(pairs, base, tmp_path, room):
+    """Whatever is free by then: the last bits depend on them."""
+    room(700_000)
+    go(pairs, tmp_path / "whole", base)
+    with tiny.interrupted(module, 3, checkpoint_every=2), pytest.raises(KeyboardInterrupt):
+        go(pairs, tmp_path / "cut", base)
+    room(10**9)
+    go(pairs, tmp_path / "cut", base, resume=True)
+    assert micro_batch(tmp_path / "cut") == 1
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_what_cannot_fit_is_said_before_anything_is_done(pairs, base, tmp_path, room):
+    room(100_000)
+    with pytest.raises(
+        MemoryError, match=r"a step of 3 sequences .* 1 at a time, .* needs \d+ kB; 100 kB are free, of which 80 % can"
+    ):
+        go(pairs, tmp_path / "out", base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_has_512_tokens_at_most(tmp_path):
+    """Unless --max-length asks for more: a model's context may be far more than memory holds."""
+    base = tiny.save(tmp_path / "base", max_positions=700)
+    (tmp_path / "text.txt").write_text(tiny.TEXT * 8, encoding="utf-8")
+    for asked, length in ((None, 512), (600, 600)):
+        training = {"steps": 1, "batch_size": 1}
+        _, printed = go(tmp_path / "text.txt", tmp_path / str(length), base, max_length=asked, training=training)
+        assert f"a step of 1 sequences of up to {length} tokens" in printed
+
+
+# ---- the sample ----
+
+
+@pytest.mark.parametrize("kind", ["pairs", "chat", "text"])
+def test_a_sample_and_the_command_that_writes_more(kind, base, tmp_path, capsys):
+    """The command that is printed writes what the sample shows: without the adapter, and with it."""
+    data = tmp_path / ("data.txt" if kind == "text" else "data.jsonl")
+    if kind == "pairs":
+        write_pairs(data, tiny.EXAMPLES)
+    elif kind == "text":
+        data.write_text(tiny.TEXT, encoding="utf-8")
+    else:
+        messages = [
+            [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": f"{n}."}] for n in range(9)
+        ]
+        data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    out = tmp_path / "it's"
+    facts, printed = go(data, out, base, max_length=32)
+    sample, words = facts["sample"], shlex.split(facts["generate"])
+    assert sample.keys() == {"prompt", "base", "adapter"}
+    assert sample["base"] != sample["adapter"]
+    assert printed.endswith(f"\n{facts['generate']}\n")
+    assert words[:4] == ["refqlora", "generate", "--adapter", str(out)]
+    if kind == "chat":
+        assert words[4:] == ["--model", str(base), "--chat"]
+        assert sample["prompt"].startswith("user: How many?")
+        return
+    assert words[4:] == ["--model", str(base), "--prompt", sample["prompt"].replace("\n", "\\n")]
+    assert main([*words[1:], "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out == sample["prompt"] + sample["adapter"] + "\n"
+
+
+def test_a_long_prompt_leaves_room_for_the_sample(base, tmp_path):
+    data = write_pairs(tmp_path / "long.jsonl", [Example("sack " * 200, "!\n")] * 4)
+    facts, _ = go(data, tmp_path / "out", base)
+    tokens = tiny.tokenizer().encode("sack " * 200).ids
+    assert facts["sample"]["prompt"] == tiny.tokenizer().decode(tokens[-24:])  # of the model's 64, 40 are to be written
+
+
+def test_control_characters_are_not_printed():
+    printed = io.StringIO()
+    show_sample({"prompt": "a\x1b[31m\nb\r"}, "refqlora generate", Console(file=printed, width=200))
+    assert "  prompt   a�[31m⏎ b\n" in printed.getvalue()

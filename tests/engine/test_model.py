@@ -135,14 +135,14 @@ def test_an_adapter_acts_as_the_merged_weights():
 def test_it_learns():
     m = adapted(attention_bias=True)
     m.quantize()
-    losses, optimiser = [], AdamW(m.trainable(), lr=0.03)
+    losses, optimiser = [], AdamW(m.trainable(), lr=0.01)
     for _ in range(80):
         logits, cache = m.forward(TOKENS, recompute=True)
         loss, dlogits = cross_entropy(logits, LABELS)
         losses.append(loss)
         optimiser.step(m.backward(dlogits, cache))
     assert losses[0] > np.log(V)
-    assert losses[-1] < 0.5  # of the one batch; the frozen norm and head bound the logits: it ends at 0.35
+    assert losses[-1] < 0.5  # of the one batch; the frozen norm and head bound the logits: it ends at 0.37
 
 
 # ---- recomputation and dropout -----------------------------------------------------------------------------

@@ -211,6 +211,7 @@ def test_unusable_settings(arguments, message):
         (lambda s: s.update({"m.p": np.ones(3)}), r"m\.p: expected float64 \(2,\), got float64 \(3,\)"),
         (lambda s: s.update({"m.q": np.ones(2)}), "m.q: the optimiser has no such entry"),
         (lambda s: s.update({"step": np.array(-1)}), "step: expected 0 or more, got -1"),
+        (lambda s: s.update({"m.p": np.array([1, np.nan])}), r"m\.p: expected finite numbers, got nan at \(1,\)"),
     ],
 )
 def test_a_wrong_saved_state_is_named(change, message):
@@ -303,9 +304,9 @@ def test_warmup_to_the_very_end():
         ({"schedule": "cosin"}, "schedule: expected one of constant, linear, cosine, got 'cosin'"),
         ({"warmup_steps": 11}, r"warmup_steps: .*\(10\), got 11"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"floor": 2.0}, "floor: expected at most the peak"),
-        ({"peak": -1.0}, "peak: expected a finite number, 0 or more, got -1.0"),
-        ({"peak": math.nan}, "peak: expected a finite"),
+        ({"floor": 2.0}, "floor: expected a number from 0 to 1, got 2"),
+        ({"peak": -1.0}, "peak: expected a number from 0 to 1e.300, got -1.0"),
+        ({"peak": math.nan}, "peak: expected a number"),
         ({"step": -1}, "step: expected 0 or more, got -1"),
     ],
 )

@@ -1,5 +1,6 @@
 """A run that is killed and resumed, at any moment, ends with the same bits; what is resumed, and what is refused."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,16 @@ KILLED |= {"eval_every": 2, "recompute": True, "checkpoint_every": 4, "weight_de
 
 
 def child(out, point=None, at=1, plant=None, pause=0.0):
-    """Train in `out`, resuming a checkpoint that is there; die at the `at`-th time that `point` is reached."""
+    """Train in `out`, resuming a checkpoint that is there; die at the `at`-th time that `point` is reached. Ctrl-C ends
+    it with exit code 130, but for a moment that it spends on loading what it needs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _train(out, point, at, plant, pause)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _train(out, point, at, plant, pause):
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"  # so that all runs do the same arithmetic
     model = rq.Model.from_config(tiny.config(), seed=3)
     model.quantize()
@@ -283,6 +294,116 @@ def test_a_planted_loss_shows_in_the_bits(plant, spawn, uninterrupted, tmp_path)
     assert all(a["loss"] != b["loss"] for a, b in zip(untimed(tmp_path)[6:], untimed(uninterrupted)[6:], strict=True))
 
 
+# ---- Ctrl-C ----
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_interrupted_at_random_moments_until_it_is_done(seed, spawn, uninterrupted, tmp_path):
+    rng, stops = random.Random(seed), 0
+    for number in range(20):
+        out = tmp_path / str(number)
+        for _ in range(50):
+            process = spawn.start(out, None, 1, None, 0.002)
+            wanted, wait = count_lines(out) + rng.randrange(1, 7), rng.uniform(0, 0.03)
+            while process.exitcode is None and count_lines(out) < wanted:
+                time.sleep(0.001)
+            time.sleep(wait)
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGINT)
+            process.join(120)
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == 130
+            assert files.read_metadata(out / CHECKPOINT)["step"] == str(len(read_rows(out)))  # nothing is lost
+            stops += 1
+        assert_same_run(out, uninterrupted)
+        if stops >= 5:
+            return
+    pytest.fail("too few interrupts")
+
+
+def interrupt(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_the_update(patch, at):
+    real, calls = rq.optim.adamw_update, iter(range(10**6))
+    arrays = len(new_model().trainable())
+
+    def update(*args, **options):  # of the second array of a step: half of the update is made
+        real(*args, **options)
+        if next(calls) == (at - 1) * arrays + 1:
+            interrupt()
+
+    patch.setattr(rq.optim, "adamw_update", update)
+
+
+def at_the_call(module, name):
+    def plant(patch, at):
+        real, calls = getattr(module, name), iter(range(1, 10**6))
+
+        def wrapped(*args, **options):
+            if next(calls) == at:
+                interrupt()
+            return real(*args, **options)
+
+        patch.setattr(module, name, wrapped)
+
+    return plant
+
+
+INTERRUPTS = {  # where Ctrl-C comes, in the third step, and which step is saved
+    "the gradients": (at_the_call(training, "loss_and_gradients"), 2),
+    "half of the update": (in_the_update, 3),
+    "the evaluation": (at_the_call(training, "evaluate"), 3),
+    "a row's line": (at_the_call(resume.Run, "record"), 3),
+}
+
+
+@pytest.mark.parametrize(("plant", "step"), INTERRUPTS.values(), ids=INTERRUPTS)
+def test_ctrl_c_writes_a_checkpoint_and_names_it(plant, step, tmp_path, monkeypatch):
+    """And the resumed run has the bits, and the rows, of one never interrupted."""
+    options = {"held_out": tiny.examples().subset([1]), "eval_every": 1}
+    whole = short_run(tmp_path / "whole", **options)
+    before = signal.getsignal(signal.SIGINT)
+    out = tmp_path / "cut"
+    plant(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        short_run(out, **options)
+    monkeypatch.undo()
+    assert str(stop.value) == f"step {step} of 4 is saved in {out / CHECKPOINT}"
+    assert files.read_metadata(out / CHECKPOINT)["step"] == str(step)
+    assert len(read_rows(out)) == step
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = short_run(out, **options)
+    assert bits(resumed.trainable()) == bits(whole.trainable())
+    assert untimed(out) == untimed(tmp_path / "whole")
+
+
+def test_without_a_directory_ctrl_c_saves_nothing():
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(new_model(), 4, on_step=interrupt)
+    assert str(stop.value) == ""
+
+
+def test_in_another_thread_training_is_not_interrupted(tmp_path):
+    """Python lets only the main thread set a handler."""
+    thread = threading.Thread(target=short_run, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert len(read_rows(tmp_path)) == STEPS
+
+
+def test_one_process_at_a_time(spawn, tmp_path):
+    process = spawn.start(tmp_path, None, 1, None, 0.05)
+    while process.exitcode is None and count_lines(tmp_path) < 1:
+        time.sleep(0.001)
+    with pytest.raises(ValueError, match=f"{tmp_path}: another process is writing here"):
+        short_run(tmp_path)
+    process.join(120)
+    assert process.exitcode == 0
+
+
 # ---- what resume takes and what it refuses ----
 
 STEPS = 4
@@ -464,6 +585,59 @@ def test_a_damaged_checkpoint_is_refused(damage, half):
         short_run(half, model=model)
     assert contents(half) == before
     assert bits(model.trainable()) == weights
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"lr": 1', "[" * 100_000, "9" * 5000])
+def test_metadata_that_are_no_object_are_named(text, half):
+    edit(lambda tensors, metadata: metadata.update(identity=text))(half / CHECKPOINT)
+    for resumed in (True, False):
+        with pytest.raises(
+            ValueError, match=f"{CHECKPOINT}: identity in the metadata: expected a JSON object, got '"
+        ) as e:
+            short_run(half, resume=resumed)
+        assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("step", ["", "x", "-1", "1.5", "٣", "1" * 5000])
+def test_a_step_that_is_no_number_is_named(step, half):
+    edit(lambda tensors, metadata: metadata.update(step=step))(half / CHECKPOINT)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT}: step in the metadata: expected a number, got '"):
+        short_run(half, resume=False)
+
+
+@pytest.mark.parametrize("kind", ["param", "adamw.m", "adamw.v"])
+def test_a_checkpoint_that_is_not_finite_is_refused(kind, half):
+    name = f"{kind}.model.layers.1.mlp.down_proj.lora_B.weight"
+    edit(lambda tensors, metadata: tensors[name].__setitem__((0, 0), np.nan))(half / CHECKPOINT)
+    model = new_model()
+    weights = bits(model.trainable())
+    with pytest.raises(
+        ValueError,
+        match=rf"{CHECKPOINT}: .*{name.removeprefix('adamw.')}: expected finite numbers, got nan at \(0, 0\)",
+    ):
+        short_run(half, model=model)
+    assert bits(model.trainable()) == weights
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", "null", "", '{"step": 2}', '{"step": 2', "\udcff", "[" * 100_000])
+def test_a_row_that_is_none_is_named(line, half):
+    lines = (half / METRICS).read_text().splitlines()
+    (half / METRICS).write_bytes("\n".join([lines[0], line, ""]).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{METRICS}:2: expected the row of step 2: {CHECKPOINT} is at step 2"):
+        short_run(half)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, METRICS])
+def test_a_full_disk_names_the_file(name, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if name == CHECKPOINT:
+        monkeypatch.setattr(writing, "raw", full)
+    else:
+        monkeypatch.setattr(resume, "open", lambda *args, **options: full(), raising=False)
+    with pytest.raises(OSError, match=f"^{tmp_path / name}: No space left on device$"):
+        short_run(tmp_path)
 
 
 def test_rows_that_are_lost_are_missed(half):

@@ -14,29 +14,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-import test_parity_transformers
+import pairs
 from closeness import agree_but_for_rounding
-from test_parity_transformers import (
-    ADAPTERS,
-    SIZES_4BIT,
-    TOLERANCE,
-    agree,
-    batch,
-    difference,
-    logits_of,
-    nested_constants,
-    our_llama,
-    our_steps,
-    packed_weights,
-    run_all,
-    their_adapter,
-    their_steps,
-    trained,
-)
+from pairs import ADAPTERS, SIZES_4BIT, TOLERANCE, agree, nested_constants, our_llama, run_all
 
 import refqlora as rq
 from refqlora.adapters import linear_of
-from refqlora.parity.oracles import residuals, set_apart
+from refqlora.parity.decoders import our_steps
+from refqlora.parity.differences import relative_difference as difference
+from refqlora.parity.oracles import logits_of, packed_weights, residuals, set_apart, their_adapter, their_steps, trained
+from refqlora.parity.settings import batch
 
 ALL = {"r": 5, "lora_alpha": 7, "target_modules": "all-linear"}
 KINDS = ADAPTERS | {
@@ -45,7 +32,7 @@ KINDS = ADAPTERS | {
     "PiSSA": {**ALL, "init_lora_weights": "pissa"},
     "DoRA, PiSSA": {**ALL, "use_dora": True, "init_lora_weights": "pissa"},
     "OLoRA": {**ALL, "init_lora_weights": "olora"},
-    "OLoRA, rsLoRA": {**ALL, "init_lora_weights": "olora", "use_rslora": True},
+    "OLoRA, rsLoRA": {**ALL, "lora_alpha": 3, "init_lora_weights": "olora", "use_rslora": True},
     "gaussian": {**ALL, "init_lora_weights": "gaussian"},
     "orthogonal": {**ALL, "r": 4, "init_lora_weights": "orthogonal"},
     "rank and alpha patterns": {
@@ -65,7 +52,7 @@ KINDS = ADAPTERS | {
 
 def their_llama(**changes):
     """Singular values that do not nearly agree: else rounding decides which directions PiSSA takes."""
-    return set_apart(test_parity_transformers.their_llama(**changes), ALL["r"])
+    return set_apart(pairs.their_llama(**changes), ALL["r"])
 
 
 def name_here(name):

@@ -16,12 +16,15 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from closeness import agree_but_for_rounding
+from pairs import agree
 from safetensors.numpy import load_file, save_file
-from test_parity_transformers import agree, arrays, batch, difference, logits_of, shifted, trained
 
 import refqlora as rq
 from refqlora.files import pretrained
 from refqlora.files.config_json import config_from_dict, config_to_dict
+from refqlora.parity.differences import relative_difference as difference
+from refqlora.parity.oracles import arrays, logits_of, trained
+from refqlora.parity.settings import batch, shifted
 
 SIZES = {
     "vocab_size": 37,

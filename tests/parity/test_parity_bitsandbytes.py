@@ -26,14 +26,8 @@ from refqlora.quantization import (
     quantize_constants,
 )
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SWEEP = int(os.environ.get("REFQLORA_PARITY_WEIGHTS", "4_000_000"))
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    """Its fallback for odd sizes is compiled anew for each shape: the same result, a minute later."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _count(found, expected):

@@ -26,6 +26,7 @@ from refqlora.commands.quantize import quantize_files
 from refqlora.files.reading import read_tensors
 from refqlora.files.writing import write_tensors
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SIZES = {
     "vocab_size": 37,
     "hidden_size": 192,

@@ -157,7 +157,7 @@ def test_prefixes_find_what_marks_say(kind, tmp_path):
 
 
 def test_a_broken_character_counts_whole_here(tmp_path):
-    """Before 5.24 transformers has only the first token of a last character that takes several."""
+    """Every token of a last character that takes several; before 5.24 transformers marks only the first."""
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     save(tmp_path, byte_level(), template)
     theirs, ours, tokenizer = both(tmp_path)

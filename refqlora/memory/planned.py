@@ -1,0 +1,70 @@
+"""How a step goes through the model so that it fits in memory: its micro-batches, and whether layers are recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..model import Model
+from ..quantization import QuantizedTensor
+from .predicted import step_bytes
+
+
+class Plan(NamedTuple):
+    """How many sequences go through the model at once, whether each layer is computed again in the backward, and the
+    bytes that a step then takes beside the model."""
+
+    micro_batch: int
+    recompute: bool
+    nbytes: int
+
+
+def plan_step(
+    model: Model, length: int, batch: int, room: float, micro_batch: int | None = None, recompute: bool = False
+) -> Plan:
+    """The plan for training the model's active adapter, or all of its weights, within `room` bytes: see `plan`.
+
+    length: tokens in the longest sequence. Gradients and AdamW's moments count, the weights do not.
+    """
+    adapter = None if model.active is None else model.adapters[model.active]
+    trained = sum(p.nbytes for p in model.trainable().values())
+
+    def need(micro_batch: int, recompute: bool) -> int:
+        step = step_bytes(
+            model.config,
+            None if adapter is None else adapter.config,
+            length,
+            batch,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            quantized=any(isinstance(p, QuantizedTensor) for p in model.params.values()),
+            half_head=model.params[model.config.head].dtype.itemsize == 2,
+            itemsize=model.dtype.itemsize,
+        )
+        return step + 2 * trained  # AdamW's moments
+
+    return plan(need, batch, room, micro_batch, recompute)
+
+
+def plan(
+    need: Callable[[int, bool], int], batch: int, room: float, micro_batch: int | None = None, recompute: bool = False
+) -> Plan:
+    """The quickest plan that needs at most `room` bytes; if there is none, the one that needs least.
+
+    need: (micro_batch, recompute) -> bytes. A micro_batch that is given is kept, and so is a recompute that is True.
+    Smaller micro-batches come before recomputing, which takes a third more time.
+    """
+    sizes = [micro_batch or batch]
+    while micro_batch is None and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    plans = [Plan(size, again, need(size, again)) for again in sorted({recompute, True}) for size in sizes]
+    return next((one for one in plans if one.nbytes <= room), min(plans, key=lambda one: one.nbytes))
+
+
+def size_text(nbytes: int) -> str:
+    """Three figures in decimal units: 512 bytes, 12.3 MB, 4.56 GB."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= scale:
+            value = nbytes / scale
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{nbytes} bytes"
