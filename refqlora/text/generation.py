@@ -36,7 +36,7 @@ def generate(
 
     Generation ends before one of the tokens `stop`, after `max_new_tokens`, or at the end of the model's context.
     sampling: the fields of `Sampling`; greedy unless temperature is given. Keys and values are cached, so that each
-    token costs one position; pass the same `cache` again to reuse the beginning that a prompt shares with the last text.
+    token costs one position; a `cache` passed again also saves the beginning that the prompt shares with the last text.
 
     Raises ValueError for a prompt that is empty or leaves no room in the context, and for an option out of its range.
 

@@ -292,12 +292,12 @@ BAD = [
     (FINETUNE + "--model huge-header", "huge-header/model.safetensors: not a valid safetensors file"),
     (FINETUNE + "--model no-tokenizer", "no-tokenizer/tokenizer.json"),
     (FINETUNE + "--model broken-tokenizer", "broken-tokenizer/tokenizer.json: the tokenizers library cannot read it"),
-    (FINETUNE + "--model no-end", "no-end: a token must end every text: the model's eos_token_id is None"),
+    (FINETUNE + "--model no-end", "no-end: eos_token_id: expected a token that ends texts, got None"),
     (
         FINETUNE + "--model empty-end",
         r"empty-end/config.json: eos_token_id: expected a token .*, got \[\]",
     ),
-    (FINETUNE + "--model far-end", "far-end: a token must end every text: .* is 300"),
+    (FINETUNE + "--model far-end", "far-end: eos_token_id: expected a token that ends texts, got 300"),
     (
         FINETUNE + "--model word-end",
         "word-end/config.json: eos_token_id: expected a token or a list of tokens, got 'the end'",
@@ -309,7 +309,7 @@ BAD = [
     (FINETUNE + "--layers 0 --targets .*_proj", "layers: expected none with a regular expression as targets"),
     (FINETUNE + "--init svd", "--init: invalid choice: 'svd'"),
     (FINETUNE + "--init pissa --rank 41", "q_proj: pissa takes rank 40 at most from a weight of shape"),
-    (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: must be NAME=VALUE, not q_proj"),
+    (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: expected NAME=VALUE, got q_proj"),
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (
         FINETUNE + "--alpha-pattern lm_head=2",
@@ -425,7 +425,7 @@ def test_interrupted_and_resumed(place, capsys):
     with tiny.interrupted(finetune, 3, checkpoint_every=1):
         assert call(*options.split()) == 130
     saved = "refqlora finetune: interrupted: step 3 of 5 is saved in out/checkpoint.safetensors"
-    assert f"\n{saved}; to go on: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
+    assert f"\n{saved}; to continue: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
     assert call(*options.split()) == 2
     assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0
