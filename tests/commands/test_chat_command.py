@@ -231,7 +231,7 @@ def test_a_system_message(place, monkeypatch, capsys):
     assert talk(monkeypatch, capsys, TURNS, *argv) == "".join(answer + "\n" for answer in expected)
     out = talk(monkeypatch, capsys, [*TURNS, "/reset", *TURNS], *argv).splitlines()
     assert "The conversation is forgotten." in out
-    assert out[: out.index("The conversation is forgotten.")] == out[out.index("The conversation begins anew.") + 1 :]
+    assert out[: out.index("The conversation is forgotten.")] == out[out.index("The conversation is forgotten.") + 1 :]
 
 
 def test_adapters_are_switched_and_the_cache_with_them(place, monkeypatch, capsys):
@@ -483,7 +483,7 @@ def test_a_person_at_a_terminal(place):
         terminal.type("/adapters\n")  # waits for the answer to end
         terminal.until(r"  a\n\* off\n> ")
         terminal.type("/reset\n")
-        terminal.until(r"anew\.\n> ")
+        terminal.until(r"forgotten\.\n> ")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:
