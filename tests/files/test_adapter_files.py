@@ -379,9 +379,7 @@ def test_an_adapter_that_was_never_trained_loads_in_silence(tmp_path, recwarn):
     again = new_model()
     again.load_adapter(tmp_path)
     assert list(recwarn) == []
-    with pytest.warns(
-        UserWarning, match=r"here: 3 of 4 lora_B are all zeros .*0\.self_attn\.q_proj.lora_B.weight"
-    ):
+    with pytest.warns(UserWarning, match=r"here: 3 of 4 lora_B are all zeros .*0\.self_attn\.q_proj.lora_B.weight"):
         warn_if_untrained(again.adapters["default"], "here")
 
 
