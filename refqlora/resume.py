@@ -117,7 +117,7 @@ def check_start(out: Path, resume: bool) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file: there is no run to resume")
     elif path.is_file():
-        step, steps = _step(path), read_identity(path).get("steps")
+        step, steps = read_step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
             where = f"step {step} of {shown(steps)}"
             raise ValueError(f"{path}: holds a run stopped at {where}: resume it, or remove the file")
@@ -180,7 +180,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     return found
 
 
-def _step(path: Path) -> int:
+def read_step(path: Path) -> int:
     """The step in a checkpoint's metadata, which can be read without its tensors."""
     text = read_metadata(path).get("step", "")
     if not (text.isascii() and text.isdecimal()) or len(text) > 20:

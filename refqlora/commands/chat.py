@@ -14,23 +14,23 @@ from ..text.prefix_cache import PrefixCache
 from ..text.tokenizer import encode
 
 HELP = """\
-Each line is a message to the model, which sees the conversation so far. A space before a / says it to the model.
+Each line is a message to the model, which sees the whole conversation. Put a space before a message that begins with /.
   /adapter NAME   answer with this adapter from now on; /adapter off: with the base alone
   /adapters       list the adapters
   /reset          forget the conversation
-  /help           this
-  /quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
+  /help           show this list
+  /quit           leave, like Ctrl-D; Ctrl-C stops an answer"""
 
 
 class Chat:
-    """What was said so far, and a model to answer.
+    """A model, and the conversation so far.
 
-    `options` are those of `stream`; an answer ends at the model's end tokens, at what the template ends answers with,
-    at the stop strings, at max_new_tokens and at the end of the context. `seed` is one more for each turn.
+    options: those of `stream`. An answer ends at the model's end tokens, the template's end of an answer, the stop
+    strings, max_new_tokens or the end of the context. Each turn adds one to `seed`.
     """
 
     def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
-        """Raises ValueError for a model without a tokenizer, and for a chat template that cannot be read."""
+        """Raises ValueError for a model without a tokenizer and for a chat template that cannot be read."""
         assert model.directory is not None
         self.model, self.tokenizer, self.cache = model, model.tokenizer, PrefixCache(model)
         ends = model.config.ends
@@ -45,8 +45,8 @@ class Chat:
         self.messages = list(self.first)
 
     def say(self, text: str) -> Generator[str]:
-        """Yield the answer to `text` in pieces. What was given of it when it ends, or is interrupted or closed, is what
-        the assistant has said; if that is nothing, `text` was not said either."""
+        """Yield the answer to `text` in pieces. When it ends, is interrupted or closed, the pieces so far become the
+        assistant's message; if there are none, `text` is dropped too."""
         asked, prompt = self._fitting([*self.messages, {"role": "user", "content": text}])
         ends, end_strings = self._ends(asked)
         options = {**self.options, "seed": self.options["seed"] + self.turns, "cache": self.cache}
@@ -64,9 +64,8 @@ class Chat:
                 self.messages = [*asked, {"role": "assistant", "content": answer.rstrip()}]
 
     def _fitting(self, asked: list[Message]) -> tuple[list[Message], list[int]]:
-        """The messages and their tokens, without the oldest turns where they leave less than a quarter of the context
-        for the answer (or less than max_new_tokens, if that is less). Raises ValueError if the last alone is too long.
-        """
+        """The messages and their tokens, without the oldest turns if they leave less than a quarter of the context (or
+        less than max_new_tokens) for the answer. Raises ValueError if the last message alone is too long."""
         context, first, forgotten = self.model.config.max_positions, len(self.first), 0
         room = min(self.options.get("max_new_tokens", context), context // 4)
         while True:
@@ -83,7 +82,7 @@ class Chat:
         return asked, prompt
 
     def _ends(self, asked: list[Message]) -> tuple[list[int], list[str]]:
-        """What the template ends an answer with, as a token if it begins with a special one, else as text."""
+        """The template's end of an answer, as a token if it begins with a special one, else as text."""
         end = self.template.end(asked)
         ids = encode(self.tokenizer, end, special_tokens=False).ids if end else []
         if not ids:
@@ -92,13 +91,14 @@ class Chat:
 
 
 def converse(chat: Chat) -> None:
-    """Read lines until they end, and print an answer to each; a line that begins with / is a command.
+    """Read lines until the input ends, and print an answer to each; a line that begins with / is a command.
 
-    At a terminal, an error is told and the conversation goes on, and Ctrl-C stops an answer. Otherwise both end it.
+    At a terminal, the conversation continues after an error, which is printed, and after Ctrl-C, which stops an answer.
+    In a pipe, both end it.
     """
     terminal = sys.stdin.isatty()
     if terminal:
-        with suppress(ImportError):  # not on every system: it lets lines be edited and called back
+        with suppress(ImportError):  # not on every system; with it, lines can be edited and recalled
             import readline  # noqa: F401
         print("/help lists the commands, Ctrl-D leaves.")
     while True:
@@ -134,17 +134,19 @@ def converse(chat: Chat) -> None:
 
 
 def command(chat: Chat, name: str = "", argument: str = "") -> str:
-    """Do what the command asks for; -> what to print. Raises ValueError for one that there is not."""
+    """Run a command of the conversation; -> what to print. Raises ValueError for an unknown one."""
     model = chat.model
     if name == "help":
         return HELP
     if name == "reset":
         chat.reset()
-        return "The conversation begins anew."
+        return "The conversation is forgotten."
     if name == "adapters":
         names = [*model.adapters, "off"]
         return "\n".join(("* " if known == (model.active or "off") else "  ") + known for known in names)
     if name == "adapter" and argument:
         model.set_adapter(None if argument == "off" else argument)
         return f"Adapter: {argument}"
-    raise ValueError(f"no command /{name}: /help lists them" if name != "adapter" else "/adapter NAME or /adapter off")
+    if name == "adapter":
+        raise ValueError("expected /adapter NAME or /adapter off")
+    raise ValueError(f"unknown command /{name}: /help lists them")

@@ -1,4 +1,4 @@
-"""What a known introduction claims of LoRA and QLoRA, measured: cheaper, modular, and nothing is forgotten."""
+"""Three claims about LoRA and QLoRA, measured: they are cheaper, adapters are modular, and nothing is forgotten."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ..backend import keep_freed_memory
 from ..files.writing import write_json
@@ -19,17 +18,21 @@ from ..text.dataset import Dataset
 from ..text.encoding import pack
 from ..training import evaluate, train
 from .demo import bundled, docstring_task, measure_step, plain_source, training_config
-from .options import console, count, json_option, out_option, report, seed_option, show
+from .options import console, count, json_option, number_table, out_option, report, seed_option, show
 from .progress import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RANKS = (1, 2, 4, 8, 16, 64)
 FULL_LR = 2e-4  # full fine-tuning's learning rate: the best of 1e-4, 2e-4, 5e-4 and 1e-3 on this task
 
 
 def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> dict[str, Any]:
-    """Every method on the docstring task, from the same base, data, steps and seed; print and return the tables.
+    """Train with every method on the docstring task, with the same base, data, steps and seed; print and return the
+    results.
 
-    The new task's loss is on held-out docstrings, the old one's on held-out source, which the base was trained for.
+    The new task's loss is measured on held-out docstrings, the old task's (the base's own) on held-out source.
     """
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,7 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
     show(console, modularity_table(modular))
     facts = {"steps": steps, "seed": seed, "methods": rows, "modularity": modular}
     write_json(out / "compare.json", facts)
-    console.print(f"Wrote {out}/compare.json", highlight=False, markup=False)
+    show(console, f"Wrote {out}/compare.json")
     return facts
 
 
@@ -80,9 +83,9 @@ def _methods() -> Iterator[tuple[str, int | None]]:
 def modularity(
     task: Dataset, held_out: Dataset, steps: int, seed: int, quiet: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Two adapters on one quantised base, one for docstrings and one for the language reference.
+    """Train two adapters on one quantised base, one on docstrings and one on the language reference.
 
-    -> for each adapter, and for the base alone ("none"), the held-out loss on each domain.
+    -> {adapter, or "none" for the base alone: {domain: held-out loss}}.
     """
     model, tokenizer, eos = bundled(quantize="nf4")
     context = model.config.max_positions
@@ -90,7 +93,7 @@ def modularity(
     domains = {"docstrings": (task, held_out), "language reference": (text, unseen)}
     for domain, (text, _) in domains.items():
         model.add_adapter(domain, rank=16, alpha=32, seed=seed)
-        # A block of prose holds several times the tokens of a docstring: fewer of them make a step.
+        # A block of prose has several times as many tokens as a docstring, so fewer steps suffice.
         config = training_config(steps if domain == "docstrings" else math.ceil(steps / 3), seed)
         with progress(domain, config.steps, quiet) as bar:
             train(model, text, config, on_step=bar)
@@ -102,10 +105,9 @@ def modularity(
 
 
 def methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
-    table = Table(title=f"{steps} steps on docstrings; losses in nats a token, held out", title_justify="left")
-    columns = ("method", "r", "trainable", "bytes*", "s/step", "new task", "change", "old task", "forgotten")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    title = f"{steps} steps on docstrings; held-out losses in nats a token"
+    columns = ("r", "trainable", "bytes*", "s/step", "new task", "change", "old task", "forgotten")
+    table = number_table(title, "method", *columns)
     for row in rows:
         table.add_row(
             row["method"],
@@ -119,16 +121,13 @@ def methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
             f"{row['old_after'] - row['old_before']:+.4f}",
         )
     table.caption = (
-        "* weights, constants, adapter, gradients and AdamW's moments; an adapter switched off forgets nothing"
+        "* weights, constants, adapter, gradients and AdamW's moments; with its adapter off, a model forgets nothing"
     )
     return table
 
 
 def modularity_table(losses: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="two adapters on one base: held-out loss of each on each domain", title_justify="left")
-    table.add_column("adapter")
-    for domain in losses["none"]:
-        table.add_column(domain, justify="right")
+    table = number_table("two adapters on one base: held-out loss in each domain", "adapter", *losses["none"])
     for adapter, row in losses.items():
         table.add_row(adapter, *(f"{loss:.4f}" for loss in row.values()))
     return table
@@ -136,12 +135,12 @@ def modularity_table(losses: dict[str, dict[str, float]]) -> Table:
 
 # ---- the command ----
 
-MORE = "Every method from the same base, with the same data, steps and seed. Takes about twenty minutes on 2 cores."
+MORE = "Every method has the same base, data, steps and seed. Takes about twenty minutes on 2 cores."
 
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "refqlora-demo")
-    options.add_argument("--steps", type=count, default=300, help="training steps of each run")
+    options.add_argument("--steps", type=count, default=300, help="training steps for each method")
     seed_option(options)
     json_option(options)
 

@@ -1,7 +1,7 @@
 """The main job, end to end: the bundled base, quantised to NF4, learns to write docstrings through LoRA adapters.
 
-The text is the running Python's own standard library. Modules that are held out here were held out when the base was
-trained, so that no figure below is of text the model has seen.
+The text is the running Python's own standard library. The modules held out here were also held out when the base was
+trained, so that all losses are measured on text that the model has never seen.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ..text.encoding import pack, tokenize_examples
 from ..text.generation import complete
 from ..text.tokenizer import load_tokenizer
 from ..training import TrainingConfig, evaluate, loss_and_gradients, train
-from .options import common, console, count, out_option, report
+from .options import common, console, count, out_option, report, show
 from .progress import progress
 
 MAX_LENGTH = 128  # tokens of a signature and its docstring; nearly all are shorter
-# Held-out functions whose docstrings are written out, of different modules.
+# Held-out functions from different modules whose docstrings are shown.
 SHOWN = ("set_tunnel", "split_header_words", "_find_lineno", "guess_type", "send_error", "isleap")
-PENALTY = 1.2  # against repetition, as a small model taking the most probable token each time falls into loops
+PENALTY = 1.2  # against repetition: a small model that takes the most probable token each time falls into loops
 
 ADAPTER: dict[str, Any] = {"rank": 16, "alpha": 32}
 TRAINING: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "schedule": "cosine", "warmup": 20}
@@ -46,9 +46,7 @@ TRAINING: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "schedule": "cosine", 
 def bundled(quantize: str | None = None) -> tuple[Model, Tokenizer, int]:
     """The bundled base, its tokenizer, and the token that ends a text."""
     model = Model.from_pretrained(BUNDLED, quantize=quantize)
-    eos = model.config.eos_token_id
-    assert isinstance(eos, int)
-    return model, load_tokenizer(BUNDLED), eos
+    return model, load_tokenizer(BUNDLED), model.config.ends[0]
 
 
 def docstring_task(tokenizer: Tokenizer, eos_id: int) -> tuple[Dataset, Dataset]:
@@ -59,20 +57,20 @@ def docstring_task(tokenizer: Tokenizer, eos_id: int) -> tuple[Dataset, Dataset]
 
 
 def plain_source(tokenizer: Tokenizer, eos_id: int, block_size: int) -> Dataset:
-    """Every eighth block of the held-out modules' source: what the base was trained for, to see what is forgotten."""
+    """Every eighth block of the held-out modules' source: the base's own task, to measure what it forgets."""
     blocks = pack(corpus.modules(held_out=True), tokenizer, block_size, eos_id)
     return blocks.subset(range(0, len(blocks), 8))
 
 
 def training_config(steps: int, seed: int, **options: Any) -> TrainingConfig:
-    """How the adapters learn the task, `options` aside; a run too short for the warm-up has a shorter one."""
+    """How the adapters learn the task; `options` replace settings. In a short run the warm-up is shorter too."""
     return TrainingConfig(
         steps=steps, seed=seed, **{**TRAINING, "warmup": min(TRAINING["warmup"], steps // 2), **options}
     )
 
 
 def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume: bool = False) -> dict[str, Any]:
-    """Quantise, fine-tune, compare; print it as it goes; write adapter, metrics and figure to `out`; -> the figures."""
+    """Quantise, fine-tune and compare, printing each part; write adapter, metrics and figure to `out`; -> results."""
     check_start(out, resume)
     keep_freed_memory()
     started = time.perf_counter()
@@ -82,14 +80,14 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     source = plain_source(tokenizer, eos, model.config.max_positions)
     facts: dict[str, Any] = {"steps": steps, "seed": seed, "repetition_penalty": PENALTY}
 
-    def show(heading: str, text: str) -> None:
-        console.print(f"[bold]{heading}[/]\n", highlight=False)
-        console.print(textwrap.indent(text, "   "), highlight=False, markup=False)
+    def section(heading: str, text: str) -> None:
+        console.print(f"{heading}\n", style="bold", highlight=False)
+        show(console, textwrap.indent(text, "   "))
 
     bits = facts["source_bits_per_byte"] = {"dense": evaluate(model, source).bits_per_byte}
     facts["quantization"] = quantize_and_measure(model)
     bits["nf4"] = evaluate(model, source).bits_per_byte
-    show(
+    section(
         "1. The base, quantised to NF4 (blocks of 64, constants double-quantised in blocks of 256)",
         quantization_text(facts),
     )
@@ -108,9 +106,10 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     facts["bytes"] = measure_step(model, train_set)
     facts["full_bytes"] = full_finetuning_bytes(facts["quantization"]["model_float32_bytes"])
     facts["trainable_parameters"] = sum(p.size for p in model.trainable().values())
-    show(f"2. Adapters of rank {ADAPTER['rank']} on every linear layer", bytes_text(facts))
+    section(f"2. Adapters of rank {ADAPTER['rank']} on every linear layer", bytes_text(facts))
 
-    console.print(f"[bold]3. {steps} steps on {len(train_set):,} functions[/], {len(held_out)} others held out\n")
+    heading = f"3. {steps} steps on {len(train_set):,} functions, {len(held_out)} others held out\n"
+    console.print(heading, style="bold", highlight=False)
     config = training_config(steps, seed, eval_every=max(1, steps // 6))
     with progress("fine-tuning", steps, console.quiet) as bar:
         rows = train(model, train_set, config, held_out=held_out, out=out, resume=resume, on_step=bar)
@@ -123,13 +122,13 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     bits["off"] = evaluate(model, source).bits_per_byte
     facts["off_is_base"] = bool(np.array_equal(model.forward(some_source)[0], base_logits))
     model.set_adapter("default")
-    console.print(textwrap.indent(training_text(facts), "   "), highlight=False, markup=False)
+    show(console, textwrap.indent(training_text(facts), "   "))
 
     facts["written"] = [
         {"prompt": example.prompt, "before": old, "after": new, "library": example.completion}
         for example, old, new in zip(shown, written_before, written_after, strict=True)
     ]
-    show(
+    section(
         f"4. Docstrings of functions it has never seen (greedy, repetition penalty {PENALTY})",
         written_text(facts, min(100, console.width)),
     )
@@ -138,15 +137,15 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     loss_figure(out / "loss.png", rows, held_out_losses(rows, before.loss, after.loss), "Learning to write docstrings")
     facts["seconds"] = time.perf_counter() - started
     written = f"Wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
-    console.print(f"{written}\n{facts['seconds']:.0f} seconds in all", highlight=False, markup=False)
+    show(console, f"{written}\n{facts['seconds']:.0f} seconds in total")
     return facts
 
 
-# ---- its parts: what is measured, and the words for it ----
+# ---- its parts: measurements, and the text that shows them ----
 
 
 def quantize_and_measure(model: Model) -> dict[str, Any]:
-    """Quantise the model's linears in place; -> sizes before and after, and the error relative to the weights' size."""
+    """Quantise the model's linears in place; -> sizes before and after, and the error relative to the weights."""
     dense = {name: model.params[name + ".weight"] for name in model.config.linears()}
     model_bytes = sum(p.nbytes for p in model.params.values())
     parameters = sum(p.size for p in model.params.values())
@@ -171,25 +170,25 @@ def quantize_and_measure(model: Model) -> dict[str, Any]:
 def quantization_text(facts: dict[str, Any]) -> str:
     q, bits = facts["quantization"], facts["source_bits_per_byte"]
     return f"""\
-{q["linears"]} linear layers      {q["parameters"]:,} weights of the model's {q["model_parameters"]:,}
+{q["linears"]} linear layers      {q["parameters"]:,} of the model's {q["model_parameters"]:,} weights
 their bytes           {q["float32_bytes"]:,} in float32 -> {q["nf4_bytes"]:,}
-bits a parameter      32 -> {q["bits_per_param"]:.4f} (4, and the constants of the blocks)
+bits a parameter      32 -> {q["bits_per_param"]:.4f} (4, plus the blocks' constants)
 the whole model       {q["model_float32_bytes"]:,} -> {q["model_bytes"]:,} bytes (the rest stays float32)
 error                 {100 * q["relative_error"]:.2f} % of the weights' root mean square
 held-out source       {bits["dense"]:.4f} bits a byte before, {bits["nf4"]:.4f} after
 
-Bits a byte: how far the model's predictions would compress a text; 8 is no compression at all.
+Bits a byte: how far the model's predictions would compress a text; 8 means no compression.
 """
 
 
 def measure_step(model: Model, dataset: Dataset) -> dict[str, int]:
-    """Bytes of the arrays of one training step, its gradients and optimiser really made."""
+    """Bytes of the arrays that one training step holds, measured on real gradients and a real optimiser."""
     _, grads = loss_and_gradients(model, *dataset.batch([0]))
     return training_bytes(model, grads, AdamW(model.trainable()))
 
 
 def full_finetuning_bytes(weights: int) -> dict[str, int]:
-    """The same of full fine-tuning: a gradient as large as the weights, and AdamW's two moments."""
+    """The same for full fine-tuning: gradients as large as the weights, and AdamW's two moments."""
     return {"dense": weights, "gradients": weights, "optimizer": 2 * weights, "total": 4 * weights}
 
 
@@ -200,7 +199,7 @@ BYTES_OF = {
     "adapter": "adapter",
     "gradients": "gradients",
     "optimizer": "AdamW's moments",
-    "total": "in all",
+    "total": "total",
 }
 
 
@@ -215,7 +214,7 @@ def bytes_text(facts: dict[str, Any]) -> str:
         lines.append(f"{BYTES_OF[part]:20}{size:>12,}{full:>20}".rstrip())
     lines += [
         "",
-        f"Rank {rank}: what is trained is B (out x {rank}) times A ({rank} x in), added to each W (out x in).",
+        f"Rank {rank}: B (out x {rank}) times A ({rank} x in), both trained, is added to each W (out x in).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -227,15 +226,15 @@ def training_text(facts: dict[str, Any]) -> str:
 held-out docstrings   loss {loss["before"]:.4f} before, {loss["after"]:.4f} after (nats a token)
 the right token is    {math.exp(loss["before"] - loss["after"]):.2f} times as probable as before, on average
 a step                {facts["seconds_per_step"]:.3f} s (median)
-source, adapter on    {bits["adapter"]:.4f} bits a byte, {bits["nf4"]:.4f} before: what the new task costs the old one
+source, adapter on    {bits["adapter"]:.4f} bits a byte, {bits["nf4"]:.4f} before: the new task's cost to the old one
 source, adapter off   {bits["off"]:.4f} bits a byte, {as_before}
 
-Nats a token: minus the natural logarithm of the probability that the right token is given; 0 is certainty.
+Nats a token: minus the natural logarithm of the right token's probability; 0 means certainty.
 """
 
 
 def pick_examples() -> list[corpus.Example]:
-    """The held-out examples that are shown: those named in SHOWN where this Python has them, else the next ones."""
+    """The held-out examples to show: those named in SHOWN that this Python has, and others in place of the rest."""
     examples = corpus.docstring_examples(held_out=True)
     named = [next((e for e in examples if e.prompt.startswith(f"def {name}(")), None) for name in SHOWN]
     found = [e for e in named if e is not None]
@@ -243,17 +242,16 @@ def pick_examples() -> list[corpus.Example]:
 
 
 def written_text(facts: dict[str, Any], width: int) -> str:
-    lines = ["A model as small as this learns what a docstring looks like; what a function does it mostly guesses.", ""]
+    lines = ["So small a model learns what a docstring looks like, but mostly guesses what a function does.", ""]
     for example in facts["written"]:
         lines += [example["prompt"].strip()]
-        lines += [f"  {label:8} {one_line(example[label], width - 14)}" for label in ("before", "after", "library")] + [
-            ""
-        ]
+        lines += [f"  {label:8} {one_line(example[label], width - 14)}" for label in ("before", "after", "library")]
+        lines += [""]
     return "\n".join(lines)
 
 
 def one_line(text: str, longest: int) -> str:
-    """The text with its line ends shown, and cut if it is long."""
+    """The text on one line, its line ends shown as ⏎, cut if it is long."""
     line = " ".join(text.strip().replace("\n", " ⏎ ").split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on the user's own text: what `refqlora finetune` does."""
+"""`refqlora finetune`: fine-tuning on the user's own text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +28,21 @@ from ..text.data_files import datasets, read_data
 from ..text.dataset import Dataset
 from ..text.examples import Conversation
 from ..training import Evaluation, TrainingConfig, evaluate, train
-from .options import common, console, count, model, natural, report
+from .options import common, console, count, model_option, natural, out_option, report, show
 from .progress import progress
 from .sample import generate_command, show_sample, write_sample
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MAX_LENGTH = 512  # tokens in a sequence, unless --max-length or the model's context says otherwise
-SPARE = 0.8  # of the memory that is available may be planned for
+MAX_LENGTH = 512  # tokens in a sequence, unless --max-length is given or the model's context is shorter
+SPARE = 0.8  # the part of the available memory that may be planned for
 LESS = "a smaller --max-length, --micro-batch-size, --batch-size or --rank, or --recompute, needs less"
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that training needs."""
+    """What training needs."""
 
     model: Model
     train_set: Dataset
@@ -64,24 +65,23 @@ def finetune(
     held_out: float = 0.05,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train an adapter on `data` and write it, metrics.jsonl, loss.png and a checkpoint to `out`; -> the figures.
+    """Train an adapter on `data` and write it, metrics.jsonl, loss.png and a checkpoint to `out`; -> the results.
 
-    base: a model's directory, or its id on the hub, which is what the adapter then names. adapter: the fields of
-    LoraConfig. training: those of TrainingConfig; `epochs` may stand for its steps. held_out: a fraction; 0 for none.
-    Raises ValueError or FileNotFoundError, before anything is trained, for what is wrong with files or options, and
-    MemoryError for a step that cannot fit.
+    base: a model's directory, or its id on the hub; the adapter's config names it. adapter: the fields of LoraConfig.
+    training: those of TrainingConfig; `epochs` may replace its steps. held_out: a fraction, 0 for none. Before anything
+    is trained, raises ValueError or FileNotFoundError for bad files or options, and MemoryError if a step cannot fit.
     """
     keep_freed_memory()
     check_place(out, resume)
     with locked(out):
         check_place(out, resume)  # now that no other process writes there
         if resume and training.get("micro_batch_size") is None:
-            # As it was, whatever fits now: the last bits depend on it.
+            # Keep the size of the interrupted run, as the last bits depend on it.
             training = {**training, "micro_batch_size": read_identity(out / CHECKPOINT).get("micro_batch_size")}
         job = prepare(data, console, base, quantize, adapter, training, epochs, max_length, held_out)
         model, config = job.model, job.config
         model.set_adapter(None)
-        before = measure(job, "before", console)  # a new adapter changes nothing, so this is its loss too
+        before = measure(job, "before", console)  # a new adapter has this loss too, as it changes nothing
         model.set_adapter("default")
         with progress("fine-tuning", config.steps, console.quiet) as bar:
             rows = train(model, job.train_set, config, held_out=job.held_out, out=out, resume=resume, on_step=bar)
@@ -106,12 +106,12 @@ def finetune(
 
 
 def check_place(out: Path, resume: bool) -> None:
-    """Raise ValueError or FileNotFoundError unless a run may begin, or with `resume` go on, in the directory `out`."""
+    """Raise ValueError or FileNotFoundError unless a run can begin, or with `resume` continue, in `out`."""
     check_start(out, resume)
     for name in (CHECKPOINT, adapter_files.WEIGHTS, adapter_files.CONFIG):
         if not resume and (out / name).exists():
             raise ValueError(
-                f"{out / name}: an adapter has been trained here: choose another --out, or see its figures again with "
+                f"{out / name}: an adapter has been trained here: choose another --out, or see its results again with "
                 "--resume"
             )
 
@@ -127,70 +127,62 @@ def prepare(
     max_length: int | None,
     held_out: float,
 ) -> Job:
-    """Load the model and the data, put the adapter on, plan the memory, and say what there is."""
+    """Load the model and the data, add the adapter, plan the memory, and print a summary."""
     seed, adapters = training.get("seed", 0), {"default": LoraConfig(**adapter)}
     directory = model_directory(base)
     model = Model.from_pretrained(directory, quantize="nf4" if quantize else None, adapters=adapters, seed=seed)
     tokenizer = model.tokenizer
-    eos = model.config.ends[0] if model.config.ends else -1  # the first of them ends the texts to be learnt
+    eos = model.config.ends[0] if model.config.ends else -1  # the first one ends the texts to learn from
     if not 0 <= eos < model.config.vocab_size or tokenizer.id_to_token(eos) is None:
-        raise ValueError(
-            f"{base}: a token must end every text: the model's eos_token_id is {model.config.eos_token_id}"
-        )
+        raise ValueError(f"{base}: eos_token_id: expected a token that ends texts, got {model.config.eos_token_id}")
     context = model.config.max_positions
     max_length = min(MAX_LENGTH, context) if max_length is None else max_length
     if not 2 <= max_length <= context:
         raise ValueError(f"max length: expected 2 to {context}, the model's context, got {max_length}")
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
-    items = read_data(data, load_chat_template(directory, tokenizer, eos), say)
+    items = read_data(data, load_chat_template(directory, tokenizer, eos), partial(show, console))
     train_set, eval_set = datasets(items, tokenizer, eos, max_length, held_out, seed)
     if truncated := train_set.truncated + eval_set.truncated:
-        console.print(f"{truncated} examples are longer than {max_length} tokens and were cut", highlight=False)
+        show(console, f"{truncated} examples are longer than {max_length} tokens and were cut")
     if epochs is not None:
         steps = epochs * len(train_set) / training.get("batch_size", TrainingConfig.batch_size)
         if not 0 < steps < 1e12:
             raise ValueError(f"epochs: expected a number above 0 and of at most {10**12:,} steps, got {epochs}")
         training = {**training, "steps": max(1, round(steps))}
     config = TrainingConfig(**training)
-    console.print(
+    show(
+        console,
         f"{len(train_set):,} sequences ({train_set.counted_tokens:,} tokens count), {len(eval_set):,} held out; "
         f"{sum(p.size for p in model.trainable().values()):,} trainable parameters; "
         f"{config.steps:,} steps of {config.batch_size}",
-        highlight=False,
     )
     config = fitted(model, config, max(map(len, (*train_set.tokens, *eval_set.tokens))), console)
     return Job(model, train_set, eval_set or None, config, isinstance(items[0], Conversation))
 
 
 def fitted(model: Model, config: TrainingConfig, length: int, console: Console) -> TrainingConfig:
-    """`config` with the micro-batches and the recomputation that fit in the memory that is free, which it prints.
+    """`config` with micro-batches and recomputation such that a step fits in the available memory; prints the plan.
 
-    length: of the longest sequence. Raises MemoryError if a step cannot fit.
+    length: tokens in the longest sequence. Raises MemoryError if a step cannot fit.
     """
     free = available_bytes()
     room = math.inf if free is None else SPARE * free
     plan = plan_step(model, length, config.batch_size, room, config.micro_batch_size, config.recompute)
     how = f"{config.batch_size} sequences of up to {length} tokens"
     how += f", {plan.micro_batch} at a time" if plan.micro_batch < config.batch_size else ""
-    how += ", each layer computed again in the backward" if plan.recompute else ""
+    how += ", each layer recomputed in the backward" if plan.recompute else ""
     left = "" if free is None else f"; {size_text(free)} are free"
     if plan.nbytes > room:
         share = f"of which {100 * SPARE:.0f} % can be planned for"
         raise MemoryError(f"a step of {how}, needs {size_text(plan.nbytes)}{left}, {share}")
     held = sum(p.nbytes for p in (*model.params.values(), *model.trainable().values()))
-    console.print(
-        f"memory: {size_text(held)} for the model, {size_text(plan.nbytes)} more for a step of {how}{left}",
-        highlight=False,
-    )
+    show(console, f"memory: {size_text(held)} for the model, {size_text(plan.nbytes)} more for a step of {how}{left}")
     micro_batch = config.micro_batch_size if plan.micro_batch == config.batch_size else plan.micro_batch
     return replace(config, micro_batch_size=micro_batch, recompute=plan.recompute)
 
 
 def measure(job: Job, when: str, console: Console) -> Evaluation | None:
-    """The held-out loss, with a bar; None where nothing is held out."""
+    """The held-out loss, with a progress bar; None if nothing is held out."""
     if job.held_out is None:
         return None
     with progress(f"held-out loss {when}", len(job.held_out), console.quiet) as bar:
@@ -198,20 +190,20 @@ def measure(job: Job, when: str, console: Console) -> Evaluation | None:
 
 
 def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
-    """Print what has come of it."""
+    """Print the results."""
     if held_out := facts["held_out_loss"]:
         said = f"held-out loss {held_out['before']:.4f} before, {held_out['after']:.4f} after (nats a token)"
     else:
         said = "training loss {first:.4f} in the first step, {last:.4f} in the last".format(**facts["training_loss"])
-    console.print(said, highlight=False)
+    show(console, said)
     if held_out and held_out["after"] > held_out["before"]:
         warnings.warn(
             f"the held-out loss rose from {held_out['before']:.4f} to {held_out['after']:.4f}: this adapter is worse "
-            "than none; train on more text, in fewer steps, or with a lower learning rate",
+            "than none; train on more text, for fewer steps, or with a lower learning rate",
             stacklevel=3,
         )
     files = "adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
-    console.print(f"wrote {out}/: {files}", highlight=False, markup=False)
+    show(console, f"wrote {out}/: {files}")
     show_sample(facts["sample"], facts["generate"], console)
 
 
@@ -219,53 +211,55 @@ def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
 
 
 MORE = (
-    "DATA is a .jsonl file with a prompt and a completion, or with messages, on each line, the loss on the "
-    "completion or the assistant's words only; or a text file, or a directory of them, whose every token counts. "
-    'The tokenizer\'s chat template writes the messages, or without one each is a line "role: content".'
+    "DATA is a .jsonl file with a prompt and a completion, or with messages, on each line; then only the completion or "
+    "the assistant's messages count in the loss. Or it is a text file, or a directory of them; then all tokens count. "
+    'The tokenizer\'s chat template writes the messages; without one, each message is a line "role: content".'
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
     options.add_argument("--data", type=Path, required=True, help="a .jsonl file, a text file or a directory of texts")
-    model(options)
-    options.add_argument("--out", type=Path, default=Path("refqlora-adapter"), help="directory to write to")
+    model_option(options)
+    out_option(options, "refqlora-adapter")
     options.add_argument("--no-quantize", action="store_true", help="plain LoRA: leave the base in float32")
     group = options.add_argument_group("adapter")
     group.add_argument("--rank", type=count, default=16, help="r, the rank of B A")
-    group.add_argument("--alpha", type=float, default=32.0, help="the change is scaled by alpha/r")
-    group.add_argument("--dropout", type=float, default=0.0, help="rate at which the adapter's input is dropped")
+    group.add_argument("--alpha", type=float, default=32.0, help="B A is scaled by alpha/r")
+    group.add_argument("--dropout", type=float, default=0.0, help="dropout rate of the adapter's input")
     group.add_argument(
         "--targets", default="all-linear", help="all-linear, names such as q_proj,v_proj, or a regular expression"
     )
-    group.add_argument("--exclude", default=None, help="linears that get none, named as in --targets")
-    group.add_argument("--layers", type=natural, nargs="+", default=None, help="numbers of the layers that get one")
+    group.add_argument("--exclude", default=None, help="linears without an adapter, named as in --targets")
+    group.add_argument("--layers", type=natural, nargs="+", default=None, help="numbers of the layers with an adapter")
     group.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
-    group.add_argument("--dora", action="store_true", help="learn magnitude and direction of the weights apart (DoRA)")
-    group.add_argument("--init", choices=INITS, default="default", help="how A and B start")
+    group.add_argument(
+        "--dora", action="store_true", help="learn the weights' magnitude and direction separately (DoRA)"
+    )
+    group.add_argument("--init", choices=INITS, default="default", help="initialisation of A and B")
     for what, kind in (("rank", count), ("alpha", float)):
         group.add_argument(
             f"--{what}-pattern",
             type=_named(kind),
             nargs="+",
             metavar="NAME=VALUE",
-            help=f"another {what} for the linears of this name, such as q_proj=8",
+            help=f"another {what} for linears of this name, such as q_proj=8",
         )
     group = options.add_argument_group("training")
-    group.add_argument("--steps", type=count, default=None, help="updates to make, instead of --epochs")
+    group.add_argument("--steps", type=count, default=None, help="training steps, instead of --epochs")
     group.add_argument("--epochs", type=float, default=None, help="passes over the data (default: 3)")
-    group.add_argument("--batch-size", type=count, default=16, help="sequences a step")
+    group.add_argument("--batch-size", type=count, default=16, help="sequences in a step")
     group.add_argument(
         "--micro-batch-size", type=count, default=None, help="sequences at a time (default: as many as fit in memory)"
     )
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
+    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
     group.add_argument("--warmup", type=natural, default=0, help="steps in which the learning rate rises")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, as in AdamW")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this global norm; 0: do not")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this global norm; 0: never")
     group.add_argument(
         "--max-length", type=count, default=None, help="tokens in a sequence (default: 512, or the model's context)"
     )
-    group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data kept for evaluation; 0: none")
+    group.add_argument("--held-out", type=float, default=0.05, help="fraction of the data for evaluation; 0: none")
     group.add_argument("--eval-every", type=natural, default=100, help="steps between evaluations; 0: only at the end")
     group.add_argument("--checkpoint-every", type=count, default=50, help="steps between checkpoints")
     group.add_argument(
@@ -316,7 +310,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def _names(text: str) -> str | tuple[str, ...]:
-    """Names divided by commas; what no names can be is a regular expression."""
+    """Names separated by commas; other text is a regular expression."""
     return tuple(text.split(",")) if re.fullmatch(r"[\w.,]+", text) else text
 
 
@@ -328,6 +322,6 @@ def _named(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
                 return name, kind(value)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text}")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text}")
 
     return name_and_value

@@ -1,4 +1,4 @@
-"""What this machine has, as far as it bears on speed and on results: for a bug report, and beside every measurement."""
+"""What matters for speed and results on this machine: for bug reports, and to go beside measurements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB
 
 
 def info() -> dict[str, Any]:
-    """The facts that `refqlora info` shows; None where there is no such thing, or the system does not tell."""
+    """The facts that `refqlora info` shows; None for what does not exist or is not known."""
     build: dict[str, Any] = np.show_config(mode="dicts")  # type: ignore[assignment]  # a dict in this mode
     blas = build["Build Dependencies"]["blas"]
     return {
@@ -68,19 +68,19 @@ def memory() -> int | None:
 
 
 def gpu() -> dict[str, Any] | None:
-    """Name and bytes of memory of the GPU that CuPy uses."""
+    """Name and memory, in bytes, of the GPU that CuPy uses."""
     try:
         import cupy
 
         found = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    except Exception:  # no CuPy, no driver, no device: CuPy has an error for each
+    except Exception:  # no CuPy, no driver or no device: a different error each
         return None
     return {"name": found["name"].decode(), "memory_bytes": found["totalGlobalMem"]}
 
 
 def installed(library: str) -> str | None:
-    """Its version."""
-    for name in (library, f"{library}-cuda13x", f"{library}-cuda12x"):  # CuPy's packages are named for their CUDA
+    """The library's version; None if it is not installed."""
+    for name in (library, f"{library}-cuda13x", f"{library}-cuda12x"):  # CuPy's packages are named after CUDA's version
         try:
             return version(name)
         except PackageNotFoundError:
@@ -103,7 +103,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         "processor": f"{facts['processor'] or 'unknown'} (NumPy uses {', '.join(facts['simd'][-3:])})",
         "cores": f"{facts['cores']} for this process",
         "memory": gib(facts["memory_bytes"]),
-        "BLAS": f"{facts['blas']}, {', '.join(limits) or 'as many threads as it likes'}",
+        "BLAS": f"{facts['blas']}, {', '.join(limits) or 'number of threads not limited'}",
         "GPU": f"{device['name']}, {gib(device['memory_bytes'])}" if device else "none that CuPy finds",
     }
     shown |= {name: found or "not installed" for name, found in facts["libraries"].items()}
@@ -112,7 +112,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 # ---- the command ----
 
-MORE = "Worth a look before a measurement, and worth pasting into a report of a fault."
+MORE = "Look at it before you measure, and paste it into bug reports."
 
 
 def add(options: argparse.ArgumentParser) -> None:

@@ -12,18 +12,18 @@ from rich.progress import track
 
 from .inspection import inspect
 from .inspection_tables import LONGEST, tables
-from .options import console, report, show
+from .options import console, json_option, report, show
 
 MORE = (
     "PATH is a .safetensors file, the directory of a model, an adapter or a run, or a model's id on the Hugging Face "
-    "hub. Of a dense model it tells what NF4 would cost each linear, of an adapter how large its change is."
+    "hub. For a dense model it shows what NF4 would cost each linear, for an adapter how large its change is."
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
     options.add_argument("path", metavar="PATH", type=Path, help="a .safetensors file, a directory, or org/name")
-    options.add_argument("--no-error", action="store_true", help="read headers only: no errors of NF4, no norms")
-    options.add_argument("--json", action="store_true", help="print everything as JSON and nothing else")
+    options.add_argument("--no-error", action="store_true", help="read headers only, without errors of NF4 and norms")
+    json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""What is in a safetensors file or a directory: what `refqlora inspect` finds out. Data are read only where they count.
+"""What is in a safetensors file or a directory, for `refqlora inspect`. Tensors are read only if their numbers matter.
 
-inspect(path) -> {"path", and of "model", "adapter", "training", "tokenizer", "tensors", "files" what is there}
+inspect(path) -> {"path": ..., and for what exists "model", "adapter", "training", "tokenizer", "tensors", "files"}
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import TEXT, check, finite, shown
-from ..config import check_shapes
+from ..checks import TEXT, check, finite
 from ..files import adapter_files, bnb, model_files, pretrained
 from ..files.config_json import config_from_dict
 from ..files.hub import BUNDLED, model_directory
-from ..files.reading import FLOATS, STORED_DTYPES, Mapped, map_tensors, parse_json, read_json
+from ..files.reading import FLOATS, STORED_DTYPES, Mapped, map_tensors, read_json
 from ..lora import dense
 from ..lora_config import LoraConfig
 from ..quantization import QuantizedTensor, quantize
 from ..quantization_error import quantization_error
-from ..resume import CHECKPOINT
+from ..resume import CHECKPOINT, read_identity, read_step
 from ..text.tokenizer import load_tokenizer
 
-Progress = Any  # a function of (iterable, title) -> iterable, that may show how far it has come
+Progress = Any  # a function (iterable, title) -> iterable that may show a progress bar
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 _SIZES = (
@@ -39,10 +38,10 @@ _MATRIX = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 
 
 def inspect(path: Path, *, error: bool = True, progress: Progress = lambda items, title: items) -> dict[str, Any]:
-    """What is in `path`, a .safetensors file, a directory or a model's id on the hub, as JSON would have it.
+    """What is in `path` (a .safetensors file, a directory or a model's id on the hub), as a dict for JSON.
 
-    error: quantise each dense linear to NF4 to say how much that costs it, and read an adapter's matrices. Raises
-    FileNotFoundError where there is nothing known, and ValueError naming the file and tensor for what is not valid.
+    error: quantise each dense linear to NF4 to measure its error, and read an adapter's matrices. Raises
+    FileNotFoundError if nothing is recognised, and ValueError that names the file and tensor at fault.
     """
     path = Path(path)
     if path.is_file():
@@ -61,17 +60,17 @@ def inspect(path: Path, *, error: bool = True, progress: Progress = lambda items
         for file in sorted(path.glob("*.safetensors")):
             facts.setdefault("files", []).append({"path": str(file), **_file(file, error, progress)})
     if len(facts) == 1:
-        raise FileNotFoundError(f"{path}: has no config.json, adapter_config.json or .safetensors file")
+        raise FileNotFoundError(f"{path}: contains no config.json, adapter_config.json or .safetensors file")
     return facts
 
 
 def _file(path: Path, error: bool, progress: Progress) -> dict[str, Any]:
     """One safetensors file: a training checkpoint, an adapter, or tensors."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: not a .safetensors file, nor a directory")
+        raise ValueError(f"{path}: expected a .safetensors file or a directory")
     tensors, metadata = map_tensors(path)
     if "identity" in metadata:
-        return {"training": _training(path, tensors, metadata)}
+        return {"training": _training(path, tensors)}
     if tensors and all(_MATRIX.fullmatch(name) for name in tensors):
         return {"adapter": {"matrices": _matrices(tensors, None, {}, str(path), error, progress), **_sums(tensors)}}
     weights: dict[str, Any] = tensors
@@ -102,9 +101,7 @@ def _model(directory: Path, error: bool, progress: Progress) -> dict[str, Any]:
             facts["quantization_config"] = quantization
             weights = _assembled(tensors, quantization, str(model_files.weights_file(directory)))
         ours = {name: pretrained.from_file(config, name, _outline(w)) for name, w in weights.items()}
-        spare = {"lm_head.weight"} if config.tied else set()  # some writers keep a copy of the embedding
-        found = {name: w for name, w in ours.values() if name not in spare}
-        check_shapes(found, config.shapes(), str(directory))
+        pretrained.check_found(dict(ours.values()), directory, config)
         wanted = {name + ".weight" for name in config.linears()}
         linears = {name for name, (mine, _) in ours.items() if mine in wanted}
     return {**facts, **_weights(tensors, weights, linears, error, progress)}
@@ -116,12 +113,12 @@ def _model_tensors(directory: Path) -> dict[str, Mapped]:
 
 
 def _outline(weight: Mapped | QuantizedTensor) -> Any:
-    """Something of the weight's shape, for pretrained.from_file to turn."""
+    """An array of the weight's shape, for pretrained.from_file."""
     return weight if isinstance(weight, QuantizedTensor) else np.broadcast_to(np.zeros(()), weight.shape)
 
 
 def _assembled(tensors: dict[str, Mapped], config: dict[str, Any], where: str) -> dict[str, Any]:
-    """bitsandbytes' parts put together: name -> QuantizedTensor, or what the tensor was."""
+    """{name: QuantizedTensor} of bitsandbytes' parts; other tensors as they are."""
     whole = bnb.assemble(((name, t.array) for name, t in tensors.items()), config, where)
     return {name: w if isinstance(w, QuantizedTensor) else tensors[name] for name, w in whole}
 
@@ -135,8 +132,8 @@ def _is_matrix(weight: Mapped | QuantizedTensor) -> bool:
 def _weights(
     tensors: dict[str, Mapped], weights: dict[str, Any], linears: set[str], error: bool, progress: Progress
 ) -> dict[str, Any]:
-    """The tensors as they are stored, the weights as a model has them, what is quantised, and what NF4 would do to the
-    linears that are not."""
+    """The tensors as stored, the weights as the model has them, those that are quantised, and NF4's error on the dense
+    linears."""
     rows = []
     for name, w in weights.items():
         row: dict[str, Any] = {"name": name, "shape": list(w.shape)}
@@ -172,8 +169,8 @@ def _quantized(weights: dict[str, QuantizedTensor]) -> dict[str, Any]:
 
 
 def _nf4_error(name: str, weight: Mapped) -> dict[str, Any]:
-    """The error of NF4, double-quantised in blocks of 64; and its cause: the largest block's absmax, in units of the
-    weights' root mean square, and how many weights in a million are above six of them."""
+    """The error of NF4, double-quantised in blocks of 64, and its causes: the largest block's absmax, in units of the
+    weights' root mean square (rms), and how many weights in a million are above 6 rms."""
     w = weight.read()
     q = quantize(w, name=f"{weight.path}: {name}")
     e = quantization_error(w, q)
@@ -190,7 +187,7 @@ def _nf4_error(name: str, weight: Mapped) -> dict[str, Any]:
 
 
 def _sums(tensors: dict[str, Mapped]) -> dict[str, Any]:
-    """Bytes and number of the tensors in the file, by file and by dtype, as they are stored."""
+    """Number and bytes of the stored tensors, by file and by dtype."""
     files: dict[str, int] = {}
     dtypes: dict[str, dict[str, int]] = {}
     for t in tensors.values():
@@ -231,10 +228,10 @@ def _adapter(directory: Path, error: bool, progress: Progress) -> dict[str, Any]
 
 
 def _base_weights(directory: Path) -> dict[str, Any]:
-    """The weights of an adapter's base, or none where it is not at hand."""
+    """The weights of an adapter's base; none if its directory does not exist."""
     try:
         there = (directory / "config.json").is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a possible file name
         there = False
     if not there:
         return {}
@@ -251,9 +248,8 @@ def _matrices(
     error: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Each linear's A and B: shapes and, where data are to be read, the Frobenius norms of A, of B and of the change
-    s B A, with the scale s that the config gives this linear (1 without a config), in units of W's too where the base
-    is at hand. The largest change first."""
+    """Each linear's A and B, the largest change first: their shapes and, with `error`, the Frobenius norms of A, B and
+    the change s B A (s: the linear's scale by the config, 1 without a config), also relative to W if `base` has it."""
     pairs: dict[str, dict[str, Mapped]] = {}
     for name, tensor in tensors.items():
         if match := _MATRIX.fullmatch(name):
@@ -262,10 +258,10 @@ def _matrices(
     for linear, pair in progress(list(pairs.items()), "reading"):
         for letter in "AB":
             if letter not in pair:
-                raise ValueError(f"{where}: {linear} has no lora_{letter}.weight")
+                raise ValueError(f"{where}: {linear}.lora_{letter}.weight is missing")
         a, b = pair["A"], pair["B"]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(f"{where}: {linear}: A {a.dtype} {a.shape} and B {b.dtype} {b.shape} make no B A")
+            raise ValueError(f"{where}: {linear}: A {a.dtype} {a.shape} and B {b.dtype} {b.shape} do not fit")
         row: dict[str, Any] = {"linear": linear, "rank": a.shape[0], "in": a.shape[1], "out": b.shape[0]}
         scale = 1.0 if config is None else config.scale_of(linear)
         row |= {} if config is None else {"scale": scale}
@@ -283,14 +279,8 @@ def _matrices(
     return sorted(rows, key=lambda row: -row.get("relative_change", row.get("norm_change", 0.0)))
 
 
-def _training(path: Path, tensors: dict[str, Mapped], metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        identity, step = parse_json(metadata["identity"].encode()), int(metadata.get("step", ""))
-        if not isinstance(identity, dict):
-            raise ValueError(f"identity: expected an object, got {shown(identity)}")
-    except ValueError as fault:
-        raise ValueError(f"{path}: not a checkpoint of a training run: {fault}") from None
-    facts = {"step": step, "identity": identity, **_sums(tensors)}
+def _training(path: Path, tensors: dict[str, Mapped]) -> dict[str, Any]:
+    facts = {"step": read_step(path), "identity": read_identity(path), **_sums(tensors)}
     for kind in ("param", "adamw"):
         part = [t for name, t in tensors.items() if name.startswith(kind + ".")]
         facts[kind] = {"tensors": len(part), "bytes": sum(t.nbytes for t in part)}

@@ -12,15 +12,15 @@ from rich.text import Text
 
 from ..checks import cut
 
-LONGEST = 20  # rows, on a terminal, of a table that is sorted by how bad they are
+LONGEST = 20  # rows shown on a terminal of a table with the worst first
 
 _IDENTITY = ("steps", "batch_size", "lr", "schedule", "weight_decay", "seed")
 
 
 def tables(facts: dict[str, Any], longest: int | None = LONGEST) -> Iterator[Table | Text]:
-    """The facts of `inspection.inspect`, in the order in which they answer questions.
+    """The facts of `inspection.inspect`, the most important first.
 
-    longest: rows of what is sorted by how bad it is; None: all.
+    longest: rows shown of a table with the worst first; None for all.
     """
     if "model" in facts:
         yield from _model(facts["model"], longest)
@@ -32,7 +32,7 @@ def tables(facts: dict[str, Any], longest: int | None = LONGEST) -> Iterator[Tab
         yield from _training(facts["training"])
     if "tokenizer" in facts:
         t = facts["tokenizer"]
-        yield _pairs("tokenizer", {"type": t["type"], "tokens": t["size"], "of them added": t["added_tokens"]})
+        yield _pairs("tokenizer", {"type": t["type"], "tokens": t["size"], "added tokens": t["added_tokens"]})
     for file in facts.get("files", ()):
         yield Text(cut(file["path"], 300), style="bold")
         yield from tables(file, longest)
@@ -42,7 +42,7 @@ def _model(model: dict[str, Any], longest: int | None) -> Iterator[Table | Text]
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in model["config"].items()}
     yield _pairs("model", {**shown, "parameters": model["parameters"], "bytes": model["stored"]["bytes"]})
     if "not_supported" in model:
-        yield Text(f"refqlora does not run it: {model['not_supported']}\n")
+        yield Text(f"refqlora does not support this model: {model['not_supported']}\n")
     yield from _weights(model, longest)
 
 
@@ -128,8 +128,8 @@ def _nf4_error(rows: Sequence[dict[str, Any]], longest: int | None) -> Iterator[
         )
     yield table
     yield Text(
-        "error: root mean square, in units of the weights' own, rms\n"
-        "absmax: of the largest block, in the same units\n"
+        "error: its root mean square, relative to that of the weights, rms\n"
+        "absmax: of the largest block, relative to rms\n"
         "above 6 rms: weights in a million\n" + _more(rows, longest)
     )
 
@@ -147,7 +147,7 @@ def _adapter(adapter: dict[str, Any], longest: int | None) -> Iterator[Table | T
     parameters = sum(row["rank"] * (row["in"] + row["out"]) for row in adapter["matrices"])
     yield _pairs("adapter", {**shown, "parameters": parameters, "bytes": adapter["stored"]["bytes"]})
     if "not_supported" in adapter:
-        yield Text(f"refqlora does not load it: {adapter['not_supported']}\n")
+        yield Text(f"refqlora does not support this adapter: {adapter['not_supported']}\n")
     rows = adapter["matrices"]
     relative = any("relative_change" in row for row in rows)
     normed = any("norm_change" in row for row in rows)
@@ -189,7 +189,7 @@ def _training(training: dict[str, Any]) -> Iterator[Table | Text]:
 
 
 def short(name: str) -> Text:
-    """A tensor's name without what all have: model. before and .weight after."""
+    """A tensor's name without "model." at its beginning and ".weight" at its end, which all have."""
     return Text(cut(name.removeprefix("model.").removesuffix(".weight").replace("layers.*.", "*."), 200))
 
 

@@ -1,29 +1,30 @@
-"""Adapters merged into their base: a model that needs no adapter, and how far it is from the one that was trained.
+"""Adapters merged into their base: a model that needs no adapter, and its distance from the one that was trained.
 
-An adapter trained by QLoRA has learnt on the quantised base: what was trained is Q(W) + s B A. It can be merged
+An adapter trained by QLoRA has learnt on the quantised base; the trained weights are Q(W) + s B A. It can be merged
 
-    into the original weights    W + s B A          the base's quantisation error, which it learnt with, is gone
-    into the dequantised base    Q(W) + s B A       what was trained, up to the rounding of the file's dtype
-    back into 4 bits             Q(Q(W) + s B A)    what is smaller than a step of the codes is lost
+    into the original weights    W + s B A          without the quantisation error that it learnt with
+    into the dequantised base    Q(W) + s B A       the trained weights, rounded to the file's dtype
+    back into 4 bits             Q(Q(W) + s B A)    changes smaller than a step of the codes are lost
 
-and each is some way off. The error is given as a multiple of the adapter's own change, ||s B A||: at 1 the merged
-weights are as far from the trained ones as the base without the adapter is.
+and each has an error. It is given as a multiple of the adapter's own change, ||s B A||: at 1 the merged weights are as
+far from the trained ones as the base is without the adapter.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from ..adapters import warn_if_untrained
 from ..backend import Array
+from ..checks import finite
 from ..files import pretrained
+from ..files.bnb import DENSE_DTYPES
 from ..files.hub import model_directory
 from ..files.model_files import outline
 from ..files.reading import read_json
@@ -31,14 +32,13 @@ from ..files.writing import new_directory
 from ..lora import LoRA, Weight, dense, merge
 from ..model import Model
 from ..quantization import QuantizedTensor, dequantize, quantize
-from .options import console, model, report, show
+from .options import console, json_option, model_option, number_table, report, show
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INTO = {"original": "the original weights", "dequantised": "the dequantised base", "nf4": "4 bits again"}
-ERASED = 0.5  # from this error on, requantising is said to erase the adapter
+ERASED = 0.5  # the error from which on requantising erases the adapter
 
 
 def merge_model(
@@ -51,20 +51,20 @@ def merge_model(
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Merge adapters into `base`, a model's directory or hub's id, and write the result to the new directory `out`,
-    with the tokenizer and the other files that go along with a model; -> the errors by kind of linear, and in all.
+    with the tokenizer and the model's other files; -> the errors of each kind of linear, and of all.
 
     trained_on_nf4: whether the adapters learnt on the base in NF4 (QLoRA) or on the weights as they are (LoRA).
     into: one of INTO; by default "dequantised" after QLoRA, otherwise "original". With "dequantised" and "nf4" every
-    linear is quantised, those without an adapter too. dtype: of what is not in 4 bits, a key of DTYPES; by default the
-    base's. The changes of several adapters add up, each counted from the base.
+    linear is quantised, even without an adapter. dtype: of what is not in 4 bits, a key of DENSE_DTYPES; by default
+    the base's. The changes of several adapters add up, each computed from the base.
 
-    Raises ValueError or FileNotFoundError for what is wrong with files or options; `out` is then as it was.
+    Raises ValueError or FileNotFoundError for bad files or options; `out` is then as it was.
     """
     into = into or ("dequantised" if trained_on_nf4 else "original")
     if into not in INTO:
         raise ValueError(f"into: expected one of {', '.join(INTO)}, got {into!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and dtype not in DENSE_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DENSE_DTYPES)}, got {dtype!r}")
     base = model_directory(base)
     with new_directory(out) as new:
         named = {str(path) + f" ({i + 1})" * (path in adapters[:i]): path for i, path in enumerate(adapters)}
@@ -74,13 +74,12 @@ def merge_model(
         linears = model.config.linears()
         if into == "original" and isinstance(model.params[linears[0] + ".weight"], QuantizedTensor):
             raise ValueError(f"{base}: expected original weights to merge into, got a quantised model")
-        stored, errors = np.dtype(DTYPES[dtype or _file_dtype(base)]), Errors()
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+        stored, errors = DENSE_DTYPES[dtype or _file_dtype(base)], Errors()
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are refused by name
             for linear in linears:
                 merged = merged_weights(model, linear, trained_on_nf4)
                 errors.add(linear, merged, stored)
                 model.params[linear + ".weight"] = merged.into(into)
-            _check_range(model.params, stored)
         if not errors.sums["all"]["change"]:
             raise ValueError("nothing to merge: the adapters change no weight")
         pretrained.save(new, model.config, model.params, stored, base=base)
@@ -90,16 +89,16 @@ def merge_model(
 
 
 class Merged(NamedTuple):
-    """One linear's weight (out, in) under all of a model's adapters."""
+    """One linear's weight (out, in) with all of a model's adapters, merged in each way."""
 
-    base: Array  # what they learnt on, without them
-    trained: Array  # and with them
-    original: Array | None  # merged into the weights as they are; None where the model is quantised
+    base: Array  # the weight that they learnt on, without them
+    trained: Array  # the same with them
+    original: Array | None  # merged into the weights as they are; None if the model is quantised
     dequantised: Array
     requantised: QuantizedTensor
 
     def into(self, way: str) -> Weight:
-        """The weight merged in a way of INTO."""
+        """The weight merged in one of the ways in INTO."""
         if way == "original":
             assert self.original is not None
             return self.original
@@ -107,8 +106,8 @@ class Merged(NamedTuple):
 
 
 def merged_weights(model: Model, linear: str, trained_on_nf4: bool = True) -> Merged:
-    """`model` as it was loaded, dense or quantised, with its adapters; dense arrays are of its dtype. Raises ValueError
-    that names the adapter whose change is not finite."""
+    """The weights of a linear of `model`, dense or quantised as it was loaded; dense results have the model's dtype.
+    Raises ValueError that names an adapter whose change is not finite."""
     name, dtype = linear + ".weight", model.dtype
     weight = model.params[name]
     parts = [
@@ -126,13 +125,11 @@ def merged_weights(model: Model, linear: str, trained_on_nf4: bool = True) -> Me
 
 
 def _summed(base: Weight, parts: list[tuple[str, Weight, LoRA]], dtype: np.dtype, linear: str) -> Array:
-    """The base's weight plus what each adapter changes in it; a part is an adapter's name, the weight that it sits on,
-    and what it has there."""
-    merged = []
-    for adapter, weight, lora in parts:
-        merged.append(merge(dense(weight, dtype), lora))
-        if not np.isfinite(merged[-1]).all():
-            raise ValueError(f"{adapter}: {linear}: W + s B A is not finite")
+    """The base's weight plus each adapter's change. A part: an adapter's name, the weight that it sits on, and its A
+    and B there."""
+    merged = [
+        finite(f"{adapter}: {linear}: W + s B A", merge(dense(weight, dtype), lora)) for adapter, weight, lora in parts
+    ]
     w = dense(base, dtype)
     return merged[0] if len(merged) == 1 else w + sum(changed - w for changed in merged)
 
@@ -142,18 +139,12 @@ def _nf4(weight: Weight, name: str) -> QuantizedTensor:
 
 
 def _file_dtype(base: Path) -> str:
-    """The dtype of the base's files: what config.json says, otherwise that of the first tensor."""
+    """The dtype of the base's files: by config.json, otherwise by the first tensor."""
     config = read_json(base / "config.json")
     name = config.get("dtype") or config.get("torch_dtype")
     if name is None and config.get("quantization_config") is None:
         name = next(iter(outline(base)))[1].dtype.name
-    return name if name in tuple(DTYPES) else "float32"
-
-
-def _check_range(params: Mapping[str, Weight], dtype: np.dtype) -> None:
-    for name, param in params.items():
-        if not isinstance(param, QuantizedTensor) and not np.isfinite(param.astype(dtype)).all():
-            raise ValueError(f"{name}: expected numbers that {dtype} holds, got {abs(param).max():g} among them")
+    return name if name in tuple(DENSE_DTYPES) else "float32"
 
 
 class Errors:
@@ -163,7 +154,7 @@ class Errors:
         self.sums: dict[str, dict[str, float]] = {}
 
     def add(self, linear: str, merged: Merged, stored: np.dtype) -> None:
-        """Count one linear, its dense weights as a file of dtype `stored` holds them."""
+        """Count one linear, its dense weights rounded to the file's dtype `stored`."""
         trained, original = merged.trained, merged.original
         found = {"weight": merged.base, "change": (trained if original is None else original) - merged.base}
         if original is not None:
@@ -177,8 +168,8 @@ class Errors:
                 sums[what] += float(np.einsum("oi,oi->", x, x, dtype=np.float64))
 
     def facts(self) -> dict[str, Any]:
-        """By kind, and for "all": how many linears; the change relative to the weight; the error of each way relative
-        to the change (None where nothing changed, or there is no original)."""
+        """For each kind, and for "all": the number of linears, the change relative to the weight, and the error of each
+        way relative to the change (None if nothing changed, or there is no original)."""
 
         def relative(sums: dict[str, float], what: str, to: str) -> float | None:
             return (sums[what] / sums[to]) ** 0.5 if what in sums and sums[to] else None
@@ -194,18 +185,13 @@ class Errors:
 
 
 def _table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="error of merging", title_justify="left")
     columns = {
         "change": "change / weight",
         "original": "into original weights",
         "dequantised": "into dequantised base",
         "requantised": "into 4 bits again",
     }
-    table.add_column("linear")
-    for title in columns.values():
-        table.add_column(title, justify="right")
+    table = number_table("error of merging", "linear", *columns.values())
     for kind, row in [*facts["kinds"].items(), ("all", facts["all"])]:
         if kind == "all":
             table.add_section()
@@ -217,21 +203,23 @@ def _table(facts: dict[str, Any]) -> Table:
 
 
 MORE = (
-    "By default the adapter is taken to have learnt on the base in NF4, as finetune trains it, and is merged into "
-    "that base, dequantised. The errors of the other ways are printed in any case."
+    "By default the adapter is assumed to have learnt on the base in NF4, as finetune trains it, and is merged into "
+    "that base, dequantised. The errors of all ways of merging are printed."
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
     options.add_argument("--adapter", type=Path, required=True, action="append", help="a PEFT adapter; may be repeated")
     options.add_argument("--out", type=Path, required=True, help="new directory to write the model to")
-    model(options)
-    options.add_argument("--dtype", choices=DTYPES, default=None, help="of what is not in 4 bits (default: the base's)")
+    model_option(options)
+    options.add_argument(
+        "--dtype", choices=DENSE_DTYPES, default=None, help="dtype of weights not in 4 bits (default: the base's)"
+    )
     way = options.add_mutually_exclusive_group()
-    way.add_argument("--original", action="store_true", help="merge into the weights as they are, not dequantised")
+    way.add_argument("--original", action="store_true", help="merge into the original weights, not the dequantised")
     way.add_argument("--nf4", action="store_true", help="merge and quantise to 4 bits again")
     options.add_argument("--no-quantize", action="store_true", help="the adapter was trained on the dense base")
-    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:
@@ -239,19 +227,19 @@ def run(a: argparse.Namespace) -> None:
     facts = merge_model(a.model, a.adapter, a.out, into=into, trained_on_nf4=not a.no_quantize, dtype=a.dtype)
     out, trained = console(a), "the NF4 base" if facts["trained_on_nf4"] else "the dense base"
     show(out, _table(facts))
-    out.print(
-        f"An error is how far the merged weights are from those trained ({trained} with the adapter), as a multiple of "
-        "the adapter's own change: at 0.01 a hundredth of it is lost, at 1 they are as far off as the base without it.",
-        highlight=False,
+    show(
+        out,
+        f"The error is the distance of the merged weights from the trained ones ({trained} with the adapter), relative "
+        "to the adapter's change: at 0.01 a hundredth of the change is lost, at 1 all of it.",
     )
     if facts["erased"]:
         error = facts["all"]["requantised"]
-        keep = "Keep it apart, or merge into 16 bits." if into == "nf4" else "Use the merged model with --no-quantize."
-        out.print(
-            f"Warning: 4 bits again lose {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): its "
-            f"change is small beside the steps between the codes. {keep}",
-            highlight=False,
+        keep = "Keep it separate, or merge into 16 bits." if into == "nf4" else "Use the result with --no-quantize."
+        show(
+            out,
+            f"Warning: quantising again loses {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): "
+            f"its change is small compared with the steps between the codes. {keep}",
         )
-    out.print(f"wrote {a.out}/: merged into {INTO[facts['into']]}, {facts['dtype']}", highlight=False, markup=False)
-    out.print(f"try it: {facts['use']}", highlight=False, markup=False)
+    show(out, f"wrote {a.out}/: merged into {INTO[facts['into']]}, {facts['dtype']}")
+    show(out, f"try it: {facts['use']}")
     report(a, facts)

@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, the types of options, the console, the report."""
+"""What the commands share: a parser whose errors are one line, options and their types, the console, tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def one_line(error: BaseException | str, longest: int = 1000) -> str:
-    """What an error says, whatever the names in it hold: a file's name first."""
+    """An error's message on one line, its file's name first; long names are cut."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}…", " ".join(str(error).split()))
@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells each default that the option's help does not, but neither None nor a flag's; calls a number N or X; and
-    leaves an epilog of several lines as it is."""
+    """Adds defaults to help texts that do not mention them (except None and a flag's), calls a number N or X, and keeps
+    the lines of an epilog."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         name = {natural: "N", count: "N", float: "X"}.get(action.type)
@@ -44,14 +44,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def model(command: argparse.ArgumentParser) -> None:
+def model_option(command: argparse.ArgumentParser) -> None:
     from ..files.hub import BUNDLED
 
     command.add_argument(
         "--model",
         default=BUNDLED,
         metavar="DIR|ID",
-        help="a model's directory, or its id on the Hugging Face hub: org/name or org/name@revision (default: the "
+        help="a model's directory, or its id on the Hugging Face hub, org/name or org/name@revision (default: the "
         "bundled base)",
     )
 
@@ -62,17 +62,17 @@ def out_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", default=Path(default), help="directory to write to")
 
 
-def seed_option(command: argparse.ArgumentParser, of: str = "everything random") -> None:
-    command.add_argument("--seed", type=natural, default=0, help=f"of {of}")
+def seed_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=natural, default=0, help="seed of all random numbers")
 
 
 def json_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    command.add_argument("--json", action="store_true", help="print the results as JSON and nothing else")
 
 
 def common(command: argparse.ArgumentParser) -> None:
     seed_option(command)
-    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output directory")
+    command.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output directory")
     json_option(command)
 
 
@@ -93,24 +93,35 @@ natural, count = _at_least(0), _at_least(1)
 
 
 def console(a: argparse.Namespace) -> Console:
-    """Where a command tells what it does. In a pipe no line is broken, however long."""
+    """The console that a command prints to, as plain text. In a pipe, long lines are not broken."""
     from rich.console import Console
 
     class Output(Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process, with exit code 1
+        def on_broken_pipe(self) -> None:  # rich would exit with code 1
             raise BrokenPipeError from None
 
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
     return Output(quiet=a.json, width=None if on_terminal else 10_000, soft_wrap=not on_terminal)
 
 
-def show(console: Console, shown: Table | Text) -> None:
-    """Print a table or a text. On a console too narrow for the table each row is a paragraph, a line a column: no
-    number is cut."""
+def number_table(title: str, first: str, *numbers: str) -> Table:
+    """An empty table: a first column of words, and columns of numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def show(console: Console, shown: Table | Text | str) -> None:
+    """Print a table or a text as it is, without markup. If the console is too narrow for the table, each row becomes a
+    paragraph with a line for each column, so that no number is cut."""
     from rich.table import Table
 
     if not isinstance(shown, Table) or _width(shown) <= console.width:
-        console.print(shown, highlight=False)
+        console.print(shown, highlight=False, markup=False)
         return
     lines = [str(shown.title)] if shown.title else []
     headers = [str(column.header) for column in shown.columns]
@@ -121,11 +132,11 @@ def show(console: Console, shown: Table | Text) -> None:
         else:
             lines.append("  ".join(map(str, row)))
     lines += [str(shown.caption)] if shown.caption else []
-    console.print("\n".join(lines), highlight=False, markup=False)
+    show(console, "\n".join(lines))
 
 
 def _width(table: Table) -> int:
-    """What a table needs; a column that folds can do with 16."""
+    """The width that a table needs; a column that folds needs 16 at most."""
     width = 1
     for column in table.columns:
         longest = max(len(str(cell)) for cell in (column.header, *column.cells))

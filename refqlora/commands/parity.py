@@ -1,21 +1,20 @@
-"""`refqlora parity`."""
+"""`refqlora parity`: this package, or somebody's kernel, compared with the real libraries."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from typing import Any
 
 from ..parity.checks import CHECKS, DIFFERS, FAILED, OK, SIZES
 from ..parity.checks import run as run_check
 from ..parity.kit import examine as kit
-from .options import count, json_option, natural
+from .options import count, json_option, natural, report
 
 PROTOCOL = """\
 MODULE is a dotted name or a .py file with any of these functions on NumPy
-arrays. Each is called with the vectors; what differs is printed with its
-likely cause. In full: python -c "help('refqlora.parity')".
+arrays. Each is called with the vectors; differences are printed with their
+likely cause. For all details: python -c "help('refqlora.parity')".
 
   quantize(w, block_size) -> packed, absmax
       NF4: uint8 (ceil(n/2),), float32 (ceil(n/block_size),)
@@ -33,23 +32,23 @@ likely cause. In full: python -c "help('refqlora.parity')".
 
 
 MORE = (
-    "One line a check, then a verdict: against torch, transformers, PEFT, bitsandbytes and torchao live where they "
-    "are installed, otherwise against what was recorded from them. The exit code is 1 if anything differs."
+    "Prints a line for each check, then a verdict. It runs torch, transformers, PEFT, bitsandbytes and torchao if they "
+    "are installed, and otherwise uses their recorded results. The exit code is 1 if anything differs."
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--against", metavar="MODULE", help="examine this kernel instead: see below")
+    options.add_argument("--against", metavar="MODULE", help="examine this kernel instead (see below)")
     options.add_argument(
-        "--only", action="append", metavar="NAME", help="this check, or function of the kernel, alone; may be repeated"
+        "--only", action="append", metavar="NAME", help="only this check, or function of the kernel; may be repeated"
     )
-    options.add_argument("--seed", type=natural, help="of the random tensors and models (default: 0)")
+    options.add_argument("--seed", type=natural, help="seed of the random tensors and models (default: 0)")
     options.add_argument(
         "--size",
         type=size,
         help=f"weights in each: {', '.join(SIZES)} or a number (default: medium; for a kernel small)",
     )
-    options.add_argument("--recorded", action="store_true", help="do not ask installed libraries: use the recording")
+    options.add_argument("--recorded", action="store_true", help="use the recordings, even if libraries are installed")
     json_option(options)
     names = ", ".join(check.name for check in CHECKS)
     checks = textwrap.fill(names, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
@@ -57,7 +56,7 @@ def add(options: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    """How many weights; ArgumentTypeError for what is neither a size's name nor a number."""
+    """The number of weights; ArgumentTypeError if the text is neither a size's name nor a number."""
     try:
         return SIZES[text] if text in SIZES else count(text)
     except argparse.ArgumentTypeError:
@@ -67,7 +66,7 @@ def size(text: str) -> int:
 
 def run(a: argparse.Namespace) -> int:
     if a.recorded and (a.against or a.seed is not None or a.size is not None):
-        raise ValueError("--recorded goes with neither --against, --seed nor --size: the recording has its own")
+        raise ValueError("--recorded excludes --against, --seed and --size: the recording has its own")
     return _kernel(a) if a.against else _libraries(a)
 
 
@@ -116,6 +115,5 @@ def _say(a: argparse.Namespace, line: Any) -> None:
 
 def _end(a: argparse.Namespace, verdict: str, wrong: bool, details: list[dict[str, Any]]) -> int:
     _say(a, f"\n{verdict}")
-    if a.json:
-        print(json.dumps({"verdict": verdict, "ok": not wrong, "lines": details}, indent=2))
+    report(a, {"verdict": verdict, "ok": not wrong, "lines": details})
     return int(wrong)

@@ -20,7 +20,7 @@ from ..text.encoding import pack
 from ..text.generation import complete
 from ..text.tokenizer import train_bpe
 from ..training import TrainingConfig, evaluate, train
-from .options import common, console, count, out_option, report
+from .options import common, console, count, out_option, report, show
 from .progress import progress
 
 CONTEXT = 256  # tokens in a block of training text
@@ -54,11 +54,11 @@ def pretrain(
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train `BASE` and its tokenizer and write them to `out`; -> the figures that the card gives.
+    """Train `BASE` and its tokenizer and write them to `out`; -> the facts on the model card.
 
-    The tokenizer is trained on the same documents as the model, none of them held out. AdamW with betas (0.9, 0.95),
-    decay 0.1 on matrices, cosine from `lr` to a tenth. Writes config.json, model.safetensors (bfloat16),
-    tokenizer.json, README.md (the card), loss.png, and a checkpoint from which `resume` continues.
+    The tokenizer is trained on the model's training text. AdamW with betas (0.9, 0.95), weight decay 0.1 on matrices,
+    a cosine from `lr` to a tenth of it. Writes config.json, model.safetensors (bfloat16), tokenizer.json, README.md
+    (the card), loss.png, and meanwhile a checkpoint from which `resume` continues.
     """
     config = TrainingConfig(
         steps=steps,
@@ -82,12 +82,12 @@ def pretrain(
     text = pack(documents, tokenizer, CONTEXT, END)
     held_out = pack(unseen, tokenizer, CONTEXT, END)
     model = Model.from_config(BASE, seed)
-    probe = held_out.subset(range(0, len(held_out), 8))  # an eighth of it, for the curve
+    probe = held_out.subset(range(0, len(held_out), 8))  # for the curve
     before = evaluate(model, probe).loss
     with progress("pretraining", steps, quiet) as bar:
         rows = train(model, text, config, held_out=probe, out=out, resume=resume, on_step=bar)
     model.save_pretrained(out, ml_dtypes.bfloat16)
-    stored = Model.from_pretrained(out)  # the figures are those of the weights as stored
+    stored = Model.from_pretrained(out)  # measure the weights as they are stored
     result = evaluate(stored, held_out)
     facts = {
         "command": f"refqlora pretrain --steps {steps} --batch-size {batch_size} --lr {lr:g} --seed {seed}",
@@ -113,14 +113,14 @@ def pretrain(
 
 
 def card(facts: dict[str, Any]) -> str:
-    """The model card, every figure in it from the run that made the model."""
+    """The model card, with the numbers of the run that made the model."""
     b = BASE
     curve = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in facts["curve"])
     samples = "\n\n".join(f"```python\n{prompt}{text.rstrip()}\n```" for prompt, text in facts["samples"])
     return f"""# The bundled base
 
 A Llama of {facts["parameters"]:,} parameters, trained from scratch by refqlora on the source of Python
-{facts["python"]}'s standard library and stored in bfloat16. It knows nothing else: a base to learn fine-tuning on.
+{facts["python"]}'s standard library and stored in bfloat16. It knows nothing else; it is a base to fine-tune.
 
     {facts["command"]}
 
@@ -130,20 +130,20 @@ A Llama of {facts["parameters"]:,} parameters, trained from scratch by refqlora 
 | hidden, feed-forward | {b.hidden_size}, {b.intermediate_size} |
 | vocabulary | {b.vocab_size} tokens of byte-level BPE, embeddings tied |
 | training text | {facts["training_documents"]} modules, {facts["training_bytes"]:,} bytes |
-| that is | {facts["training_tokens"]:,} tokens |
-| seen in training | {facts["tokens_seen"]:,} tokens |
+| in tokens | {facts["training_tokens"]:,} |
+| tokens seen in training | {facts["tokens_seen"]:,} |
 | held out | {facts["held_out_documents"]} modules |
 | held-out loss | {facts["held_out_loss"]:.4f} nats a token |
 | held-out bits per byte | {facts["held_out_bits_per_byte"]:.4f} |
 | time in training steps | {facts["seconds"] / 60:.0f} minutes on {facts["cores"]} core{"s" * (facts["cores"] > 1)} |
 
-Held-out loss on an eighth of the held-out text, as it trained (`loss.png` has every step):
+Loss on an eighth of the held-out text during training (`loss.png` shows every step):
 
 | step | loss |
 |---|---|
 {curve}
 
-What it writes after a prompt of one line (temperature 0.8, top-p 0.95, 100 tokens):
+Continuations of prompts of one line (temperature 0.8, top-p 0.95, 100 tokens):
 
 {samples}
 
@@ -159,8 +159,8 @@ MORE = "Takes about an hour on 2 cores."
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "refqlora-base")
-    options.add_argument("--steps", type=count, default=6000, help="updates to make")
-    options.add_argument("--batch-size", type=count, default=8, help="blocks of 256 tokens a step")
+    options.add_argument("--steps", type=count, default=6000, help="training steps")
+    options.add_argument("--batch-size", type=count, default=8, help="blocks of 256 tokens in a step")
     options.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     common(options)
 
@@ -168,9 +168,8 @@ def add(options: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     options = {"steps": a.steps, "batch_size": a.batch_size, "lr": a.lr, "seed": a.seed, "resume": a.resume}
     facts = pretrain(a.out, **options, quiet=a.json)
-    console(a).print(
+    show(
+        console(a),
         f"held-out loss {facts['held_out_loss']:.4f}, {facts['held_out_bits_per_byte']:.4f} bits a byte, in {a.out}/",
-        highlight=False,
-        markup=False,
     )
     report(a, facts)

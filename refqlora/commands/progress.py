@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, a line every so often in a pipe, nothing with --json."""
+"""The progress of long work: a bar on a terminal, a line from time to time in a pipe, nothing with --json."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..training import Row
 
-SILENCE = 30  # seconds without a line in a pipe, at the most
-SHARE = 0.05  # of the steps: a line in a pipe after each
-SLOW = 4  # times as long as the first steps took: something else wants the processors
+SILENCE = 30  # seconds without a line in a pipe, at most
+SHARE = 0.05  # the share of the steps between two lines in a pipe
+SLOW = 4  # a step that takes this many times as long as the first ones shares the processors with another process
 BUSY = (
-    "a step now takes {:.0f} times as long as the first ones did. If another process is busy, too, the threads "
-    "of the BLAS wait for one another, and OPENBLAS_NUM_THREADS=1 in the environment is often faster"
+    "a step now takes {:.0f} times as long as the first ones. If another process is busy too, the BLAS's threads wait "
+    "for one another, and OPENBLAS_NUM_THREADS=1 in the environment is often faster"
 )
 
 
 @contextmanager
 def progress(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[Row | int], None]]:
-    """Show how far `total` steps are: call what this yields with each row of `train`, or with the number that is done.
+    """Show the progress of `total` steps: call the function that this yields with each row of `train`, or with the
+    number of steps done.
 
-    It goes to stderr. A bar where that is a terminal; elsewhere a line at the first row, at the last, and after every
-    twentieth of the steps or 30 seconds (of numbers, only after 30 seconds).
+    It is shown on stderr: if that is a terminal, as a bar; elsewhere as a line at the first row, at the last, and after
+    every twentieth of the steps or 30 seconds (for numbers, only after 30 seconds).
     """
     if quiet or sys.stderr is None:
         yield lambda _: None
@@ -60,26 +61,26 @@ def _lines(title: str, meter: Meter) -> Iterator[Callable[[Row | int], None]]:
         done, words = meter.read(now)
         lines = [f"{title} {done:,}/{meter.total:,}  {words}"] if meter.line_is_due(done, isinstance(now, int)) else []
         lines += [f"Warning: {advice}"] if (advice := meter.advice()) else []
-        with suppress(OSError):  # nobody reads them any more
+        with suppress(OSError):  # nobody reads stderr any more
             print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
 
     yield update
 
 
 class Meter:
-    """Rows of metrics in a few words: loss and tokens a second, smoothed for the eye, and the time left."""
+    """Rows of metrics in a few words: smoothed loss and tokens a second, and the time left."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.begin = self.last_line = time.monotonic()
         self.first_done: int | None = None  # where a resumed run begins
         self.loss = self.speed = 0.0
-        self.costs: list[tuple[float, float]] = []  # of the first steps and of the last: seconds, and seconds a token
+        self.costs: list[tuple[float, float]] = []  # of the first and last steps: seconds, and seconds a token
         self.told = False
         self.next_line = 0.0
 
     def read(self, now: Row | int) -> tuple[int, str]:
-        """-> how many are done, and the words."""
+        """-> the number of steps done, and the words."""
         done = now if isinstance(now, int) else now["step"]
         began = self.first_done is None
         if self.first_done is None:
@@ -95,7 +96,7 @@ class Meter:
         return done, f"loss {self.loss:.3f}  {self.speed:,.0f} tokens/s  {left}"
 
     def line_is_due(self, done: int, by_time_only: bool) -> bool:
-        """Whether a line is to be printed at this step; it counts as printed."""
+        """Whether to print a line at this step; then the next line is due later."""
         by_steps = not by_time_only and (done >= self.next_line or done == self.total)
         if not by_steps and time.monotonic() - self.last_line < SILENCE:
             return False
@@ -103,7 +104,7 @@ class Meter:
         return True
 
     def advice(self) -> str | None:
-        """What to do about steps that have become slow: said once, when three in a row were, whatever their length."""
+        """Advice, given once, when three steps in a row were slow, and slow for their number of tokens."""
         if self.told or len(self.costs) < 8:
             return None
         first, last = self.costs[:5], self.costs[-3:]

@@ -1,16 +1,15 @@
-"""A model's files quantised, tensor by tensor: what `refqlora quantize` does."""
+"""`refqlora quantize`: a model's files quantised, tensor by tensor."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from ..backend import Array
 from ..checks import finite, shown
@@ -23,7 +22,10 @@ from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
 from ..quantization import BLOCK_SIZES, quantize
 from ..quantization_error import Error, quantization_error
-from .options import console, model, report, show
+from .options import console, json_option, model_option, number_table, report, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def quantize_files(
@@ -36,19 +38,19 @@ def quantize_files(
     double_quant: bool = True,
     shard_bytes: int = model_files.SHARD,
 ) -> dict[str, Any]:
-    """Write the model `model`, a directory or a hub's id, to the directory `out`, its linears in bitsandbytes' 4 bits,
-    everything else as it was, with the files that belong to a model; -> the figures.
+    """Quantise the linears of `model`, a directory or a hub's id, and write the new model to the directory `out`; ->
+    its sizes and errors.
 
-    transformers and bitsandbytes load `out` as they load their own. One tensor is in memory at a time. `out` must be
-    new or empty, and is a model only when all is written. Raises ValueError or FileNotFoundError naming what cannot be
-    quantised.
+    The linears are in bitsandbytes' 4 bits; other weights, the tokenizer and the model's other files stay as they are.
+    transformers and bitsandbytes load `out` like their own files. One tensor is in memory at a time. `out` must be new
+    or empty, and after an error it is as it was. Raises ValueError or FileNotFoundError that names the fault.
     """
     model = model_directory(model)
     config, d = read_config(model)
     if d.get("quantization_config") is not None:
         raise ValueError(f"{model / 'config.json'}: the model is quantised already")
-    if kind not in bnb.TYPES:
-        raise ValueError(f"type: expected one of {', '.join(bnb.TYPES)}, got {shown(kind)}")
+    if kind not in TYPES:
+        raise ValueError(f"type: expected one of {', '.join(TYPES)}, got {shown(kind)}")
     pretrained.check_tensors(model, config)
     rows: list[Row] = []
     with new_directory(out) as directory:
@@ -60,12 +62,12 @@ def quantize_files(
         write_json(directory / "config.json", {**d, "quantization_config": bnb.config_for(kind, double_quant, dtype)})
     facts = _figures(rows, nbytes, kind, block_size, double_quant)
     show(console, _table(facts))
-    console.print(f"wrote {out}/", highlight=False, markup=False)
+    show(console, f"wrote {out}/")
     return facts
 
 
 class Row(NamedTuple):
-    """What became of a tensor: bytes before; after, of codes and constants; the error, None if it stayed as it was."""
+    """One tensor: its bytes before, its bytes after (codes and constants), and its error (None if not quantised)."""
 
     name: str
     size: int
@@ -78,7 +80,7 @@ class Row(NamedTuple):
 def _quantized(
     model: Path, config: Config, rows: list[Row], console: Console, kind: str, block_size: int, double_quant: bool
 ) -> Iterator[tuple[str, Array]]:
-    """The tensors of the new model; a row for each of the old goes to `rows`."""
+    """The tensors of the new model; a row for each tensor of the old one is added to `rows`."""
     linears = {name + ".weight" for name in config.linears()}
     tensors: Iterable = model_files.read_model(model)
     if console.is_terminal and not console.quiet:
@@ -96,7 +98,7 @@ def _quantized(
 
 
 def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_quant: bool) -> dict[str, Any]:
-    """The figures of the command. nbytes: of the new model's tensors, codebooks and all."""
+    """Sizes and errors of each kind of linear and of all. nbytes: of the new model's tensors, with codebooks."""
     layers: dict[str, list[Row]] = {}
     for row in rows:
         if row.error is not None:
@@ -129,11 +131,9 @@ def _figures(rows: list[Row], nbytes: int, kind: str, block_size: int, double_qu
 
 def _table(facts: dict[str, Any]) -> Table:
     nested = ", constants in 8 bits" if facts["double_quant"] else ""
-    title = f"{facts['type'].upper()} in blocks of {facts['block_size']}{nested}: the root mean square error, and that"
-    table = Table(title=title + " of the worst weight", title_justify="left")
-    columns = ("layer", "tensors", "parameters", "bits", "relative error", "largest error")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "layer" else "right")
+    title = f"{facts['type'].upper()} in blocks of {facts['block_size']}{nested}: the root mean square error, relative"
+    columns = ("tensors", "parameters", "bits", "relative error", "largest error")
+    table = number_table(title + " to the weights', and the largest", "layer", *columns)
     for name, row in {**facts["kinds"], "all linears": facts["linears"]}.items():
         if name == "all linears":
             table.add_section()
@@ -156,18 +156,18 @@ def _table(facts: dict[str, Any]) -> Table:
 # ---- the command ----
 
 
-MORE = "Embeddings, norms and the output head stay as they are; the tokenizer comes along."
+MORE = "Embeddings, norms and the output head stay as they are; the tokenizer is copied."
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    model(options)
+    model_option(options)
     options.add_argument("--out", type=Path, required=True, help="directory to write to, new or empty")
-    options.add_argument("--type", choices=TYPES, default="nf4", help="the codebook: NormalFloat or 4-bit float")
+    options.add_argument("--type", choices=TYPES, default="nf4", help="codebook: NormalFloat or 4-bit float")
     options.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights that share a constant"
     )
     options.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
-    options.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:

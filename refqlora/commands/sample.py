@@ -1,4 +1,4 @@
-"""What an adapter has learnt, seen: one prompt of its data, continued without it and with it."""
+"""A look at what an adapter has learnt: one prompt of its data, continued without it and with it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from ..functional import IGNORE
 from ..model import Model
 from ..text.dataset import Dataset
 from ..text.generation import complete
+from .options import show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LENGTH = 40  # tokens that base and adapter write
-SHOWN = 300  # characters of a text that are printed
+LENGTH = 40  # tokens that the base and the adapter write
+SHOWN = 300  # characters of each text that are printed
 
 
 def write_sample(model: Model, dataset: Dataset) -> dict[str, str]:
-    """What the base and the adapter write after the first prompt of `dataset` (of a text, its first few tokens)."""
+    """What the base and the adapter write after the first prompt of `dataset`, or after a text's first few tokens."""
     tokens, labels = dataset.tokens[0], dataset.labels[0]
-    first = int(np.argmax(labels != IGNORE))  # the first token that counts is the one after this
+    first = int(np.argmax(labels != IGNORE))  # the last token of the prompt
     prompt = tokens[: first + 1] if first else tokens[: max(1, min(LENGTH, len(tokens) // 2))]
     prompt = prompt[-max(1, model.config.max_positions - LENGTH) :]
     sample = {"prompt": model.tokenizer.decode(prompt.tolist())}
@@ -34,8 +35,8 @@ def write_sample(model: Model, dataset: Dataset) -> dict[str, str]:
 
 
 def generate_command(adapter: Path, base: str | Path | None, quantized: bool, prompt: str | None) -> str:
-    """The `refqlora generate` that goes on from `prompt`, or without one holds a conversation. base: None for the
-    bundled one."""
+    """The `refqlora generate` command that continues `prompt`, or holds a conversation if it is None. base: None for
+    the bundled one."""
     words = ["refqlora", "generate", "--adapter", str(adapter)]
     words += [] if base is None else ["--model", str(base)]
     words += [] if quantized else ["--no-quantize"]
@@ -43,10 +44,10 @@ def generate_command(adapter: Path, base: str | Path | None, quantized: bool, pr
 
 
 def show_sample(sample: dict[str, str], command: str, console: Console) -> None:
-    """Print the sample, a line for each text, and the command."""
-    console.print("\na prompt of the data, and what follows it:", highlight=False)
+    """Print the sample, one line for each text, and the command."""
+    show(console, "\na prompt of the data, and its continuations:")
     for name, text in sample.items():
         line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.strip().replace("\n", "⏎ "))
         line = f"… {line[-SHOWN:]}" if len(line) > SHOWN else line
-        console.print(f"  {name:8} {line}", highlight=False, markup=False)
-    console.print(f"\n{command}", highlight=False, markup=False, soft_wrap=True)  # to be copied whole
+        show(console, f"  {name:8} {line}")
+    console.print(f"\n{command}", highlight=False, markup=False, soft_wrap=True)  # unbroken, for copying

@@ -1,21 +1,20 @@
-"""How the loss falls while a model trains."""
+"""The loss during training."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files.writing import write_bytes
+from . import write_png
 
 EACH, MEAN, HELD_OUT = "#c3d2e3", "#1f5a94", "#c4501b"
 
 
 def held_out_losses(rows: Sequence[Mapping[str, Any]], before: float, after: float | None = None) -> dict[int, float]:
-    """{step: held-out loss} of a run: before its first step, where `train`'s rows have it, and after the last."""
+    """{step: held-out loss} of a run: before the first step, in the rows of `train`, and after the last step."""
     between = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
     return {0: before, **between} | ({} if after is None else {rows[-1]["step"]: after})
 
@@ -23,8 +22,8 @@ def held_out_losses(rows: Sequence[Mapping[str, Any]], before: float, after: flo
 def loss_figure(path: Path, rows: Sequence[Mapping[str, Any]], held_out: Mapping[int, float], title: str) -> None:
     """Draw a run into a PNG of 840 x 480 pixels, written atomically.
 
-    rows: of each step its step and loss, as `train` returns them; drawn with their running mean. held_out: {step: loss
-    on held-out text}, step 0 being the model before the run; the first and the last are written out.
+    rows: the steps and losses, as `train` returns them; their running mean is drawn too. held_out: {step: held-out
+    loss}, where step 0 is the model before the run; the first and the last are labelled with their values.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -45,7 +44,7 @@ def loss_figure(path: Path, rows: Sequence[Mapping[str, Any]], held_out: Mapping
         for step, loss in (points[0], points[-1]):
             number = axes.annotate(f"{loss:.2f}", (step, loss), (7, 5), textcoords="offset points")
             number.set(color=HELD_OUT, fontsize=12, weight="bold")
-    axes.set_xlim(0, 1.07 * steps[-1])  # the last point's number stands beside it
+    axes.set_xlim(0, 1.07 * steps[-1])  # room for the last point's label
     axes.set_xlabel("step", fontsize=12)
     axes.set_ylabel("loss, nats a token", fontsize=12)
     title = title if len(title) <= 60 else f"{title[:59]}…"
@@ -57,6 +56,4 @@ def loss_figure(path: Path, rows: Sequence[Mapping[str, Any]], held_out: Mapping
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_bytes(path, picture.getvalue())
+    write_png(path, figure)

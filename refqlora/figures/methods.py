@@ -1,20 +1,19 @@
-"""What full fine-tuning, LoRA and QLoRA hold for one linear layer: what is frozen, what is trained, and the bytes."""
+"""Full fine-tuning, LoRA and QLoRA of one linear layer: what is frozen, what is trained, and the bytes."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from ..files.writing import write_bytes
 from ..quantization import quantized_nbytes
+from . import write_png
 
-SIZE, RANK = 4096, 16  # of a linear layer as a model of 7 billion parameters has it, and of its adapter
+SIZE, RANK = 4096, 16  # of a linear layer in a model of 7 billion parameters, and of its adapter
 FROZEN, TRAINED, INK = "#8fa6bf", "#d9662b", "#22303f"
 GRADIENTS, MOMENTS = "#eeaa86", "#f8dccb"
 
 
 def method_bytes(size: int = SIZE, rank: int = RANK) -> dict[str, dict[str, int]]:
-    """{method: {part: bytes}} of a linear layer of `size` x `size` in training. What is trained is in float32, with its
+    """{method: {part: bytes}} for training a linear layer of `size` x `size`. What is trained is in float32 and has a
     gradient and AdamW's two moments."""
     adapter = 4 * 2 * size * rank
     full = 4 * size * size
@@ -85,6 +84,4 @@ def methods_figure(path: Path) -> None:
         axes.text(0.4, 0.98, f"{total / 2**20:.1f} MiB", ha="left", va="center", fontsize=15, weight="bold", color=INK)
         detail = ", ".join(f"{part} {size / 2**20:.3g}" for part, size in parts.items())
         axes.text(0.4, 0.42, detail, ha="left", va="center", fontsize=9, color=INK)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_bytes(path, picture.getvalue())
+    write_png(path, figure)

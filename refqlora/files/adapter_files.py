@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters import MAGNITUDE, A, B
-from ..checks import shown
+from ..checks import cut, shown
 from ..lora_config import LoraConfig
 from .reading import PICKLED, read_json, read_weights
 from .writing import together, write_json, write_tensors
@@ -24,8 +24,8 @@ FIELDS = {  # PEFT's key: the field of LoraConfig
     "use_dora": "dora", "init_lora_weights": "init", "exclude_modules": "exclude", "layers_to_transform": "layers",
     "layers_pattern": "layers_pattern", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
 }  # fmt: skip
-# Every other key of PEFT's LoraConfig (0.21). Those that would change the numbers, and the values under which they do
-# not: anything else is refused by name.
+# The other keys of PEFT's LoraConfig (0.21) that change the numbers, and the values for which they do not. Any other
+# value is refused by name.
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -44,14 +44,14 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "megatron_config": (None,),
 }
-# Those that change no number once A and B are there.
+# The keys that change no number once A and B exist.
 IGNORED = {
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 _NEEDED = ("r", "lora_alpha", "target_modules")
-# Starts that leave the base alone: what A and B were before training no longer matters.
+# Initialisations that leave the base alone: how A and B started no longer matters.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -64,12 +64,12 @@ def save_adapter(
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
 
     Both are replaced together: a killed run leaves the old adapter, the new one, or weights without a config, which
-    nothing loads. `base` is recorded as base_model_name_or_path. "all-linear" is written out as the names it stood for,
+    nothing loads. `base` is recorded as base_model_name_or_path. "all-linear" is written as the names it stands for,
     as PEFT does. conv1d: the model stores its weights (in, out), as GPT-2 does.
 
-    PEFT makes a PiSSA or OLoRA adapter's residual again from the base when it loads the file. But that of
-    "pissa_niter_N" it draws anew, which is another model, and OLoRA fails on a Conv1D: these raise ValueError, and can
-    be written as plain LoRA (adapter_sums.as_lora).
+    When PEFT loads a PiSSA or OLoRA adapter, it computes the residual from the base again. For "pissa_niter_N" that
+    draws random numbers anew, which gives another model, and for OLoRA on a Conv1D it fails. Both raise ValueError, but
+    can be written as plain LoRA (adapter_sums.as_lora).
     """
     init = config.init
     if init.startswith("pissa_niter") or (init == "olora" and conv1d):
@@ -105,8 +105,8 @@ def save_adapter(
 
 
 def _unordered(config: LoraConfig, pattern: str, linears: list[str]) -> dict[str, float]:
-    """rank_pattern or alpha_pattern as a file can hold it. PEFT takes the first key that fits, but sorts the keys when
-    it writes: where two keys compete, every linear is named instead."""
+    """rank_pattern or alpha_pattern, so that the order of its keys does not matter: PEFT uses the first key that fits,
+    but sorts the keys when it writes. If two keys fit a linear, every linear is named instead."""
     values: Mapping[str, float] = getattr(config, pattern)
     if any(config.rivals(pattern, linear) for linear in linears):
         value_of = config.rank_of if pattern == "rank_pattern" else config.alpha_of
@@ -123,16 +123,15 @@ def _plain(number: float) -> int | float:
 
 
 def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Read a PEFT adapter -> its config, and its arrays by their names without PEFT's prefix.
+    """Read a PEFT adapter; -> its config, and its arrays under their names without PEFT's prefix.
 
-    Every key must be a LoRA matrix or, with DoRA, a magnitude. Whether they fit a model is checked where they are put
-    on one (adapters.adapter_from_file). Raises FileNotFoundError, or ValueError that names the file and the field or
-    tensor at fault.
+    Every key must be a LoRA matrix or, with DoRA, a magnitude. adapters.adapter_from_file checks that they fit a model.
+    Raises FileNotFoundError, or ValueError that names the file and the field or tensor at fault.
     """
     directory = Path(directory)
     config, fan_in_fan_out = _read_config(directory)
     if fan_in_fan_out and not conv1d:
-        raise _unexpected(directory / CONFIG, "fan_in_fan_out", "false; it is true for GPT-2 only", True)
+        raise _unexpected(directory / CONFIG, "fan_in_fan_out", "false (only GPT-2 has true)", True)
     path = directory / WEIGHTS
     if not path.is_file():
         raise _missing(path)
@@ -155,39 +154,40 @@ def load_adapter(directory: Path, conv1d: bool = False) -> tuple[LoraConfig, dic
 def read_config(directory: str | Path) -> LoraConfig:
     """adapter_config.json as a LoraConfig.
 
-    Raises FileNotFoundError, or ValueError that names the file and the field, for what is not there, and for every
-    option that would change the numbers and is not supported.
+    Raises FileNotFoundError, or ValueError that names the file and the field, for a missing field, and for an
+    unsupported option that would change the numbers.
     """
     return _read_config(Path(directory))[0]
 
 
 def _read_config(directory: Path) -> tuple[LoraConfig, bool]:
-    """The config, and whether the base stores its weights (in, out)."""
+    """The config, and fan_in_fan_out: whether the base stores its weights (in, out)."""
     path = directory / CONFIG
     if not path.is_file():
         raise _missing(path)
     found = read_json(path)
     fields: dict[str, Any] = {}
-    for key, value in sorted(found.items(), key=lambda item: item[0] != "peft_type"):  # another kind has other keys
+    for key, value in sorted(found.items(), key=lambda item: item[0] != "peft_type"):  # other types have other keys
         if key in FIELDS:
-            if value is not None:  # the default, but for the keys that are needed
+            if value is not None:  # null means the default
                 fields[FIELDS[key]] = tuple(value) if isinstance(value, list) else value
         elif key in MUST_BE:
             if not any(value == allowed and type(value) is type(allowed) for allowed in MUST_BE[key]):
                 raise _unexpected(path, key, " or ".join(map(json.dumps, MUST_BE[key])), value)
         elif key not in IGNORED and value not in (None, False, [], {}):
-            raise ValueError(f"{path}: {shown(key)} is not known: it might change the numbers")
+            raise ValueError(f"{path}: {shown(key)} is unknown and might change the numbers")
     for key in ("peft_type", *_NEEDED):
         if found.get(key) is None:
             raise ValueError(f"{path}: {key} is missing")
     fields["init"] = _init(path, found.get("init_lora_weights"))
-    if not fields.get("layers"):  # PEFT: an empty list of layers is none
-        fields.pop("layers", None) if fields.get("layers") == () else None
+    if fields.get("layers") == ():  # PEFT: an empty list means all layers
+        del fields["layers"]
+    if not fields.get("layers"):
         fields.pop("layers_pattern", None)
     try:
         return LoraConfig(**fields), bool(found.get("fan_in_fan_out"))
     except ValueError as error:
-        said = str(error)  # it begins with the field
+        said = str(error)  # it begins with the name of the field
         key = next((key for key, ours in FIELDS.items() if re.match(rf"{ours}\b", said)), "")
         raise ValueError(f"{path}: {key}{said.removeprefix(FIELDS.get(key, ''))}") from None
 
@@ -201,34 +201,35 @@ def _init(path: Path, value: Any) -> str:
         return value
     if isinstance(value, str) and value.startswith("pissa_niter"):
         raise ValueError(
-            f"{path}: init_lora_weights: {shown(value)}: what this adapter sits on was drawn at random, and "
-            "its files do not hold it; save it with path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights: {shown(value)} changed the base at random, and the files do not contain the "
+            "changed base; save the adapter with path_initial_model_for_weight_conversion"
         )
-    raise _unexpected(path, "init_lora_weights", 'a start that leaves the base alone, "pissa" or "olora"', value)
+    expected = 'an initialisation that leaves the base alone, "pissa" or "olora"'
+    raise _unexpected(path, "init_lora_weights", expected, value)
 
 
 def _unexpected(path: Path, key: str, expected: str, value: Any) -> ValueError:
     try:
-        text = json.dumps(value)
+        text = json.dumps(value)  # as the file spells it
     except RecursionError:
         text = shown(value)
-    return ValueError(f"{path}: {key}: expected {expected}, got {text if len(text) <= 60 else text[:57] + '...'}")
+    return ValueError(f"{path}: {key}: expected {expected}, got {cut(text, 60)}")
 
 
 def _missing(path: Path) -> ValueError | FileNotFoundError:
-    """The error for a file that is not there, with what is there instead."""
+    """The error for a missing file, with a hint if there is something else instead."""
     directory = path.parent
     if directory.is_file():
         return ValueError(f"{directory}: expected an adapter's directory, got a file")
     for file in sorted(directory.glob("adapter_model*")):
         if file.suffix in PICKLED:
             return ValueError(
-                f"{file}: is pickled, which is never opened, as it may run code; where you trust it, PEFT converts it: "
+                f"{file}: pickled files are never opened, as they may run code; if you trust it, PEFT converts it: "
                 f'PeftModel.from_pretrained(BASE, "{directory}").save_pretrained(OUT)'
             )
     there = ""
     if inner := sorted(config.parent.name for config in directory.glob(f"*/{CONFIG}")):
         there = f"; there are adapters in its subdirectories {', '.join(inner[:20])}"
     elif other := sorted(file.name for file in directory.glob("*.gguf")):
-        there = f"; {other[0]} is llama.cpp's format, which is not read: expected PEFT's {CONFIG} and {WEIGHTS}"
+        there = f"; expected PEFT's {CONFIG} and {WEIGHTS}, got llama.cpp's format ({other[0]})"
     return FileNotFoundError(f"{path}: no such file{there}")

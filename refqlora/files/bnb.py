@@ -1,17 +1,17 @@
 """bitsandbytes' 4-bit weights in and out: the parts of a weight in the file, and the QuantizedTensor that they make.
 
-A weight that bitsandbytes quantised lies in a safetensors file as four tensors, six when its constants are quantised
-too; `blocks` of them make its n elements:
+A weight of n elements that bitsandbytes quantised is stored in a safetensors file as four tensors, or as six if its
+constants (one for each of its `blocks`) are quantised too:
 
     <weight>                                uint8 (ceil(n / 2), 1): two codes a byte, the first in the high nibble
     <weight>.absmax                         float32 (blocks,); quantised, uint8 (blocks,)
     <weight>.quant_map                      float32 (16,): the codebook
     <weight>.nested_absmax                  float32 (ceil(blocks / 256),)
     <weight>.nested_quant_map               float32 (256,): the codebook of the constants
-    <weight>.quant_state.bitsandbytes__nf4  uint8: a JSON object in UTF-8, by `State`; or ...__fp4
+    <weight>.quant_state.bitsandbytes__nf4  uint8: a JSON object in UTF-8, see `State`; or ...__fp4
 
-bitsandbytes writes them in QuantState.as_dict and transformers reads them where config.json has a quantization_config.
-A weight that is stored as floats was skipped: it is dense.
+bitsandbytes writes them in QuantState.as_dict, and transformers reads them if config.json has a quantization_config.
+A weight stored as floats is dense: it was not quantised.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ..checks import cut, finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
-from .reading import FLOATS, parse_json
+from .reading import FLOATS, parse_object
 
 TYPES = ("nf4", "fp4")  # the codebooks that bitsandbytes has
-# what a weight may have been before it was quantised, and what the others beside it are
+# The dtypes that a weight may have had before it was quantised, and those of the dense tensors beside it.
 DENSE_DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
-STORAGE = ("uint8", "int8", "float64", *DENSE_DTYPES)  # what the packed bytes may be stored as (bnb_4bit_quant_storage)
-INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))  # what 4-bit weights are stored as
+STORAGE = ("uint8", "int8", "float64", *DENSE_DTYPES)  # dtypes that packed bytes may be stored as
+INTEGERS = (np.dtype(np.uint8), np.dtype(np.int8))
 
 _PART = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
 _STATE = "quant_state.bitsandbytes__"
@@ -45,8 +45,8 @@ _NESTED = ("nested_blocksize", "nested_dtype", "nested_offset")
 
 
 class State(NamedTuple):
-    """The JSON object, checked: quant_type, blocksize, dtype and shape of the weight, and, where the constants are
-    quantised, the nested_offset that was taken off them."""
+    """The JSON object, checked: quant_type, blocksize, dtype and shape of the weight, and nested_offset, which was
+    subtracted from the constants before they were quantised (None if they were not)."""
 
     quant_type: str
     blocksize: int
@@ -59,9 +59,9 @@ class State(NamedTuple):
 
 
 def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """The quantization_config of a config.json, with bnb_4bit_quant_type as transformers takes it; None if it has none.
+    """The quantization_config of a config.json, with transformers' defaults filled in; None if there is none.
 
-    Raises ValueError, beginning with `where`, unless it is bitsandbytes' of 4 bits, in NF4 or FP4.
+    Raises ValueError, beginning with `where`, unless it is bitsandbytes' 4-bit NF4 or FP4.
     """
     q = config.get("quantization_config")
     if q is None:
@@ -83,7 +83,7 @@ def quantization_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def read_model(directory: Path, config: Mapping[str, Any] | None) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
-    """`model_files.read_model`, with bitsandbytes' weights assembled where there is a quantization_config."""
+    """`model_files.read_model`, with bitsandbytes' weights assembled if `config` is a quantization_config."""
     if config is None:
         return model_files.read_model(directory)
     where = str(model_files.weights_file(directory))
@@ -96,10 +96,10 @@ def assemble(
     """(key, array) of a model's tensors -> (name, QuantizedTensor) of each 4-bit weight, the others as they are.
 
     `config` is what `quantization_config` returns. Parts may come in any order and from several shards; they are kept
-    until a weight has all of its own. The bits are the file's. Raises ValueError, beginning with `where` and the
+    until their weight is complete. The bits stay the file's. Raises ValueError, beginning with `where` and the
     tensor's name, for a part that is missing, not expected or does not fit the weight's shape, for constants that are
-    not finite, and for a codebook that is not the type's: bitsandbytes dequantises by the type and never looks at the
-    file's, so the numbers would not be those of the file. (It does take the nested codebook, and so do we.)
+    not finite, and for a codebook that is not its type's: bitsandbytes ignores the file's codebook and uses the
+    type's, so its numbers would not be those of the file. (It does use the file's nested codebook, and so do we.)
     """
     storage = config["bnb_4bit_quant_storage"]
     waiting: dict[str, dict[str, Any]] = {}  # by weight, the parts so far: arrays, and "quant_state" as a State
@@ -108,7 +108,7 @@ def assemble(
         name, part = _split(key, array, storage)
         if part is None:
             if array.dtype in INTEGERS:
-                raise ValueError(f"{where}: {key} is {array.dtype} of shape {array.shape}: no part of a 4-bit weight")
+                raise ValueError(f"{where}: {key} is {array.dtype} of shape {array.shape}, not part of a 4-bit weight")
             yield key, array
             continue
         if name in made or part in waiting.get(name, ()):
@@ -122,15 +122,15 @@ def assemble(
             made.add(name)
     for name, parts in waiting.items():
         if "quant_state" not in parts:
-            raise ValueError(f"{where}: {name} is in 4 bits, but {name}.{_STATE}nf4 (or fp4) is missing")
+            raise ValueError(f"{where}: {name} has 4 bits, but {name}.{_STATE}nf4 (or fp4) is missing")
         missing = min(_wanted(parts["quant_state"]) - parts.keys())
         if missing == "weight":
-            raise ValueError(f"{where}: {name} is missing or dense, but its quant_state is there")
+            raise ValueError(f"{where}: {name} is missing or dense, but has a quant_state")
         raise ValueError(f"{where}: {name}.{missing} is missing")
 
 
 def _split(key: str, array: np.ndarray, storage: str) -> tuple[str, str | None]:
-    """The weight that a tensor belongs to, and as which part; None for a tensor that is none."""
+    """The weight that a tensor belongs to, and which part of it the tensor is; None if it is not a part."""
     if match := _PART.fullmatch(key):
         name, part = match.groups()
         return name, "quant_state" if part.startswith(_STATE) else part
@@ -145,20 +145,15 @@ def _wanted(state: State) -> set[str]:
 
 
 def _state(key: str, array: np.ndarray, where: str) -> State:
-    """The JSON object, with every field checked by itself."""
+    """The JSON object, each field checked on its own."""
     where = f"{where}: {key}"
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{where} is {array.dtype} of shape {array.shape}, expected bytes, uint8 (length,)")
-    try:
-        d = parse_json(array.tobytes())
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(d, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(d).__name__}")
+    d = parse_object(array.tobytes(), where)
     nested = any(field in d for field in _NESTED)
     fields = {"quant_type", "blocksize", "dtype", "shape", *(_NESTED if nested else ())}
     for field in sorted(fields ^ d.keys()):
-        raise ValueError(f'{where}: {"has no" if field in fields else "does not know"} "{cut(field, 60)}"')
+        raise ValueError(f'{where}: "{cut(field, 60)}" is {"missing" if field in fields else "not expected"}')
 
     kind = key.rpartition("__")[2]
     shape, offset, top = d["shape"], d.get("nested_offset"), float(np.finfo(np.float32).max)
@@ -182,7 +177,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
 def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
     state: State = parts.pop("quant_state")
     for part in sorted(parts.keys() - _wanted(state)):
-        raise ValueError(f"{where}: {name}.{part} is not expected: its quant_state says that absmax is not quantised")
+        raise ValueError(f"{where}: {name}.{part} is not expected: by its quant_state, absmax is not quantised")
     n = math.prod(state.shape)
     nested, blocks = state.nested_offset is not None, -(-n // state.blocksize)
     expected = {
@@ -223,7 +218,7 @@ def _assembled(name: str, parts: dict[str, Any], where: str) -> QuantizedTensor:
 
 
 def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    """Ours where the bits are the same, so that a model holds one; the file's where they are not."""
+    """Our table if the file's has the same bits, so that a model holds it once; else the file's."""
     return ours if table.tobytes() == ours.tobytes() else table
 
 
@@ -233,10 +228,10 @@ def _shared(table: np.ndarray, ours: np.ndarray) -> np.ndarray:
 def disassemble(
     params: Mapping[str, Array | QuantizedTensor], dtype: Any, where: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `assemble`: dense tensors in `dtype`, and each quantised one's parts.
+    """The inverse of `assemble`: dense tensors in `dtype`, and the parts of quantised ones.
 
-    Raises ValueError, beginning with `where` and the tensor's name, for a number that is not finite or is beyond what
-    `dtype` holds.
+    Raises ValueError, beginning with `where` and the tensor's name, for a number that is not finite or too large for
+    `dtype`.
     """
     for name, param in params.items():
         if isinstance(param, QuantizedTensor):
@@ -246,10 +241,10 @@ def disassemble(
 
 
 def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, array) of one weight's parts, as bitsandbytes writes them, to the byte.
+    """(key, array) of one weight's parts, equal to bitsandbytes' own to the byte.
 
-    A float64 weight is said to be float32, as bitsandbytes has no other. Raises ValueError for a codebook that it does
-    not have.
+    A float64 weight is recorded as float32, as bitsandbytes does not know float64. Raises ValueError for a codebook
+    that it does not know.
     """
     kind = type_of(name, q)
     state = {
@@ -269,34 +264,36 @@ def parts_of(name: str, q: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def type_of(name: str, q: QuantizedTensor) -> str:
-    """The name of a quantised weight's codebook among bitsandbytes'. Raises ValueError where it is not one of them."""
+    """bitsandbytes' name of a weight's codebook. Raises ValueError if it is not one of bitsandbytes'."""
     for kind in TYPES:
         if np.array_equal(q.codebook, CODEBOOKS[kind]):
             return kind
-    raise ValueError(f"{name}: its codebook is none of bitsandbytes': {' and '.join(TYPES)}")
+    raise ValueError(f"{name}: expected a codebook of bitsandbytes ({' or '.join(TYPES)}), got another")
 
 
 def config_of(params: Mapping[str, Array | QuantizedTensor], linears: list[str], dtype: Any) -> dict[str, Any]:
-    """What a model's config.json says besides its numbers: nothing, or its quantization_config.
+    """{"quantization_config": ...} for a model's config.json, or {} if no weight is quantised.
 
-    dtype: of the dense tensors. `linears` without .weight; those that are dense are listed as skipped. Raises
-    ValueError for a mixture of NF4 and FP4.
+    linears: names without .weight; the dense ones are listed as skipped. dtype: of the dense tensors. Raises
+    ValueError if NF4 and FP4 are mixed.
     """
     quantized = {name: p for name, p in params.items() if isinstance(p, QuantizedTensor)}
     if not quantized:
         return {}
     kinds = sorted({type_of(name, q) for name, q in quantized.items()})
     if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(kinds)} in one model: bitsandbytes takes one type")
+        raise ValueError(f"expected one type of 4 bits, got {' and '.join(kinds)} in one model")
     nested = any(q.nested_absmax is not None for q in quantized.values())
     skipped = [name for name in [*linears, "lm_head"] if name + ".weight" not in quantized]
     return {"quantization_config": config_for(kinds[0], nested, np.dtype(dtype), skipped)}
 
 
 def config_for(kind: str, nested: bool, dtype: np.dtype, skipped: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """The quantization_config for weights of this type, their constants quantised or not, beside dense tensors of
-    `dtype`, in which bitsandbytes then computes. skipped: the modules of the linears that are dense; that it be the
-    output head alone is transformers' default, and the list is left out."""
+    """The quantization_config for weights of type `kind`, their constants quantised if `nested`.
+
+    dtype: of the dense tensors; bitsandbytes computes in it. skipped: the dense linears; the list is left out if it is
+    transformers' default, the output head alone.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -1,6 +1,6 @@
 """config.json as transformers writes it, in its new spelling and older ones, to the fields of a Config and back.
 
-What a file leaves out is as in transformers' configuration_*.py (version 5.23).
+The defaults of fields that a file leaves out are those of transformers' configuration_*.py (version 5.23).
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from ..config import RULES, Config
 from ..rope import SCALINGS
 from .reading import read_json
 
-_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}  # Llama's, and of most
+_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}  # Llama's, and most others'
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-_UNSUPPORTED = {  # what would change the numbers
-    "add_cross_attention": "add_cross_attention is not supported",
-    "use_bidirectional_attention": "use_bidirectional_attention is not supported",
-}
+_UNSUPPORTED = ("add_cross_attention", "use_bidirectional_attention")  # they would change the numbers
 _KEYS = {  # a field of Config: Llama's key
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings", "eps": "rms_norm_eps", "tied": "tie_word_embeddings",
@@ -52,28 +49,25 @@ _GENERATION: dict[str, Rule] = {
 
 
 def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
-    """config.json of a model's directory: as a Config, and as it stands.
+    """config.json of a model's directory: as a Config, and as the dict in the file.
 
     Raises FileNotFoundError, or ValueError that names the file and the field.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         if (path.parent / "adapter_config.json").is_file():
-            raise ValueError(f"{path.parent}: expected a model, got an adapter, which goes on one (--adapter)")
+            raise ValueError(f"{path.parent}: expected a model, got an adapter (give it as --adapter)")
         for file in sorted(path.parent.glob("*.gguf")):
-            raise ValueError(
-                f"{file}: is llama.cpp's format, which is not read: expected config.json and *.safetensors"
-            )
+            raise ValueError(f"{file}: expected config.json and *.safetensors, got llama.cpp's format")
     d = read_json(path)
     return config_from_dict(d, str(path)), d
 
 
 def config_from_dict(d: Mapping[str, Any], where: str = "config") -> Config:
-    """A config.json -> Config. Raises ValueError, beginning with `where`, for a field that is missing or cannot be, or
-    an option that is not supported.
+    """A config.json -> Config. Raises ValueError, beginning with `where`, for a field that is missing or invalid, or an
+    option that is not supported.
 
-    Dropout of the base itself (attn_pdrop, attention_dropout, ...) is not read: it is never applied, as in a model in
-    eval mode.
+    The base's own dropout (attn_pdrop, attention_dropout, ...) is ignored: it is never applied, as in eval mode.
     """
     try:
         return Config(**_fields(d))
@@ -82,12 +76,12 @@ def config_from_dict(d: Mapping[str, Any], where: str = "config") -> Config:
 
 
 class _Given:
-    """The fields of a config.json by Llama's keys, each checked when it is read."""
+    """The fields of a config.json under Llama's keys, each checked when it is read."""
 
     def __init__(self, d: Mapping[str, Any]) -> None:
         kind = d.get("model_type")
         if kind is None:
-            raise ValueError('has no "model_type"')
+            raise ValueError('"model_type" is missing')
         check("model_type", kind, TEXT)
         if kind not in ARCHITECTURES:
             supported = ", ".join(f'"{name}"' for name in ARCHITECTURES)
@@ -96,7 +90,7 @@ class _Given:
         self.architecture = ARCHITECTURES[kind]
 
     def get(self, key: str) -> Any:
-        """The value, or the architecture's default where the file has no such key; None where it is null."""
+        """The value, or the architecture's default if the file lacks the key; None if it is null."""
         name = self.architecture.key(key)
         value = self.d.get(name, self.architecture.defaults.get(name, _DEFAULTS.get(key)))
         return _checked(name, value, key)
@@ -104,7 +98,7 @@ class _Given:
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise ValueError(f'has no "{self.architecture.key(key)}"')
+            raise ValueError(f'"{self.architecture.key(key)}" is missing')
         return value
 
 
@@ -118,9 +112,9 @@ def _fields(d: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json -> the fields of a Config."""
     given = _Given(d)
     architecture, get, need = given.architecture, given.get, given.need
-    for option, message in _UNSUPPORTED.items():
+    for option in _UNSUPPORTED:
         if d.get(option):
-            raise ValueError(message)
+            raise ValueError(f"{option} is not supported")
     vocabulary, hidden = need("vocab_size"), need("hidden_size")
     layers, heads = need("num_hidden_layers"), need("num_attention_heads")
     gpt2_default = 4 * hidden if d["model_type"] == "gpt2" else None
@@ -158,7 +152,7 @@ def _read_activation(given: _Given) -> str:
 
 
 def _read_windows(given: _Given, layers: int) -> tuple[int | None, ...] | None:
-    """Each layer's sliding window, None where it has none; None if no layer has one."""
+    """Each layer's sliding window, or None for a layer without one; None if no layer has one."""
     sliding, types = given.architecture.sliding, given.get("layer_types")
     if sliding is None:
         return None
@@ -174,9 +168,9 @@ def _read_windows(given: _Given, layers: int) -> tuple[int | None, ...] | None:
     if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
         raise ValueError(f'layer_types: expected {layers} times "{known[0]}" or "{known[1]}", got {shown(types)}')
     if sliding == "all" and types != usual:
-        raise ValueError(f"layer_types: {shown(types)} is not supported: sliding_window is of all layers or of none")
+        raise ValueError(f"layer_types: expected one kind for all layers, by sliding_window, got {shown(types)}")
     if window is None and "sliding_attention" in types:
-        raise ValueError('layer_types: has "sliding_attention", but there is no sliding_window')
+        raise ValueError('layer_types: contains "sliding_attention", but sliding_window is missing')
     windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     return windows if any(w is not None for w in windows) else None
 
@@ -187,7 +181,7 @@ def _read_rope(given: _Given) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters: expected an object, got {shown(rope)}")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters: one set for each kind of layer is not supported")
+        raise ValueError("rope_parameters: separate sets for kinds of layers are not supported")
     rope = {key: _checked(key, value, key) for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", given.get("partial_rotary_factor")) or 1.0
@@ -210,10 +204,10 @@ def _read_rope(given: _Given) -> dict[str, Any]:
 
 
 def read_generation_config(directory: str | Path) -> dict[str, Any]:
-    """generation_config.json of a model's directory, by its own names: the tokens (eos_token_id as a tuple, of one or
-    many) and the numbers of sampling. Null fields and others are left out; {} where there is no such file.
+    """generation_config.json of a model's directory, under its own names: the special tokens (eos_token_id always as a
+    tuple) and the options of sampling. Other fields and nulls are left out; {} if there is no such file.
 
-    Raises ValueError that names the file and the field for a value that cannot be.
+    Raises ValueError that names the file and the field for an invalid value.
     """
     path = Path(directory) / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
@@ -230,8 +224,8 @@ def read_generation_config(directory: str | Path) -> dict[str, Any]:
 
 
 def config_to_dict(config: Config, dtype: Any = np.float32) -> dict[str, Any]:
-    """A Config -> the config.json that transformers reads, for weights stored in `dtype`: the new spelling, and beside
-    it the old one of what has changed its name."""
+    """A Config -> the config.json that transformers reads, for weights stored in `dtype`. Renamed keys are written in
+    the old spelling too."""
     architecture, eos = config.architecture, config.eos_token_id
     gelu = "gelu_pytorch_tanh" if architecture.gated else "gelu_new"
     d = {
@@ -279,7 +273,7 @@ def _write_windows(config: Config) -> dict[str, Any]:
         first = next((i for i, w in enumerate(windows) if w is not None), config.layers)
         d |= {"use_sliding_window": window is not None, "max_window_layers": first}
     if config.architecture.sliding == "even" and window is None:
-        d["sliding_window"] = config.max_positions  # of no layer, but transformers needs a number
+        d["sliding_window"] = config.max_positions  # no layer has one, but transformers needs a number
     if config.architecture.sliding != "all":
         d["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
     return d

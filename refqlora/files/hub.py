@@ -12,19 +12,19 @@ from .reading import PICKLED, UNPICKLE
 
 BUNDLED = Path(__file__).parent.parent / "assets"  # the directory of the bundled base model
 
-# What is downloaded: what is read here and what goes along with a model, and never what is pickled. A directory inside
-# holds another format's copy.
+# What is downloaded: the files that are read here, and a model's companions; nothing pickled. Subdirectories hold the
+# model in other formats.
 FILES = ["config.json", *(name for name in COMPANIONS if "/" not in name), "model*.safetensors", INDEX]
 NOT_FILES = ["*/*", *(f"*{suffix}" for suffix in PICKLED)]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def model_directory(model: str | Path) -> Path:
-    """The directory of `model`: itself where it is one, else the hub's model of that id, downloaded.
+    """`model` itself if it is a directory, else the directory of the hub's model with that id, downloaded.
 
     huggingface_hub downloads it into its cache (HF_HOME), with its progress bars, and finds it there the next time,
-    offline too (HF_HUB_OFFLINE=1). Raises FileNotFoundError or ValueError that says in one line what to do where
-    there is neither, or the hub does not give it.
+    offline too (HF_HUB_OFFLINE=1). Raises FileNotFoundError, ValueError or OSError that says in one line what to do if
+    there is neither, or the download fails.
     """
     path = Path(model)
     if path.is_dir():
@@ -32,7 +32,7 @@ def model_directory(model: str | Path) -> Path:
     if path.exists():
         if path.suffix in PICKLED:
             raise ValueError(f"{path}: {UNPICKLE}")
-        raise ValueError(f"{path}: is a file; a model is the directory that holds config.json and *.safetensors")
+        raise ValueError(f"{path}: expected a directory with config.json and *.safetensors, got a file")
     match = _ID.fullmatch(str(model).replace(os.sep, "/"))
     if match is None:
         raise FileNotFoundError(f"{path}: no such directory (a model on the Hugging Face hub is written org/name)")
@@ -45,7 +45,7 @@ def _download(repo: str, revision: str | None) -> Path:
         from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
     except ImportError:
         raise ModuleNotFoundError(
-            f"{asked}: no such directory, and huggingface_hub, which downloads models, is missing"
+            f"{asked}: no such directory, and huggingface_hub, which downloads models, is not installed"
         ) from None
     elsewhere = f"download it where you can with `hf download {repo} --local-dir DIR` and give DIR"
     try:
@@ -56,7 +56,8 @@ def _download(repo: str, revision: str | None) -> Path:
         )
     except errors.GatedRepoError:
         raise ValueError(
-            f"{asked}: is gated: ask for access on https://huggingface.co/{repo}, then log in with `hf auth login`"
+            f"{asked}: the model is gated: ask for access at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
@@ -67,15 +68,15 @@ def _download(repo: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"{asked}: the model has no revision {revision}") from None
     except errors.LocalEntryNotFoundError:
         raise FileNotFoundError(
-            f"{asked}: no such directory, nor in the cache, and the Hugging Face hub cannot be reached: {elsewhere}"
+            f"{asked}: not a directory, not in the cache, and the Hugging Face hub cannot be reached: {elsewhere}"
         ) from None
     except errors.HFValidationError as error:
-        raise ValueError(f"{asked}: no such directory, and no model's id: {_first_line(error)}") from None
-    except Exception as error:  # its own, those of the library beneath it, and the system's
+        raise ValueError(f"{asked}: neither a directory nor the id of a model: {_first_line(error)}") from None
+    except Exception as error:  # its own errors, those of the library beneath it, and the system's
         raise OSError(f"{asked}: the download failed ({_first_line(error)}): {elsewhere}") from None
     if not any(path.glob("model*.safetensors")):
         raise FileNotFoundError(
-            f"{asked}: has no *.safetensors; where it has pickled weights that you trust, transformers converts them: "
+            f"{asked}: contains no *.safetensors; if you trust its pickled weights, transformers converts them: "
             f'AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained(OUT)'
         )
     return path

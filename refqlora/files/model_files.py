@@ -1,5 +1,5 @@
-"""The weights in a model's directory, as Hugging Face names them: model.safetensors, or shards and their index; and the
-files that go along with them. Read strictly, and written tensor by tensor."""
+"""The weights in a model's directory: model.safetensors, or shards and their index, as Hugging Face names them; and the
+files beside them. Read strictly, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..checks import cut, shown
 from .reading import FLOATS, PICKLED, UNPICKLE, Entry, read_json, read_tensor, read_weights_header
 from .writing import copy_file, naming, raw, safetensors_header, target, write_json
 
-# What older writers keep although it follows from the config: RoPE's frequencies, GPT-2's causal mask. Not read.
+# Tensors that older writers store although they follow from the config: RoPE's frequencies, GPT-2's mask. Not read.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors")
-# What belongs to a model besides its config.json and weights, and is copied to a model made from it. Not its README,
-# which describes the weights.
+# The files of a model besides config.json and the weights that are copied to a model made from it. Not its README: that
+# describes the old weights.
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
@@ -34,28 +34,27 @@ COMPANIONS = (
 def read_model(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a Hugging Face model directory, file after file, one in memory at a time.
 
-    The headers of all files are read first. Raises FileNotFoundError where there is no safetensors file, and ValueError
-    for one that cannot be read, a tensor that is not of `dtypes` (floats of 16, 32 or 64 bits), or an index and shards
-    that disagree.
+    The headers of all files are read first. Raises FileNotFoundError if there is no safetensors file, and ValueError
+    for one that cannot be read, for a tensor whose dtype is not in `dtypes` (by default floats of 16, 32 or 64 bits),
+    and for an index and shards that disagree.
     """
     for name, (path, entry) in locate(Path(directory), dtypes).items():
         yield name, read_tensor(path, entry)
 
 
 def outline(directory: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
-    """`read_model` without the numbers: arrays of the right shapes and dtypes, all zeros, that take no memory. Only the
-    headers are read."""
+    """`read_model` from the headers alone: arrays of the right shapes and dtypes, all zeros, that take no memory."""
     for name, (_, entry) in locate(Path(directory), dtypes).items():
         yield name, np.broadcast_to(np.zeros((), entry.dtype), entry.shape)
 
 
 def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path, Entry]]:
-    """The file that holds each tensor, and where in it: from the headers of all files, held against the index."""
+    """The file and Entry of each tensor, from the headers of all files, which must agree with the index."""
     file = weights_file(directory)
     if file.name == WEIGHTS:
         if not file.is_file() and any(directory.glob("model-*-of-*.safetensors")):
             index = directory / INDEX
-            raise FileNotFoundError(f"{index}: no such file; without it nobody knows whether the shards are complete")
+            raise FileNotFoundError(f"{index}: no such file; without it the shards may be incomplete")
         return {name: (file, entry) for name, entry in read_weights_header(file, dtypes, BUFFERS).items()}
     found: dict[str, tuple[Path, Entry]] = {}
     for shard, names in read_index(file).items():
@@ -63,30 +62,30 @@ def locate(directory: Path, dtypes: Sequence[np.dtype]) -> dict[str, tuple[Path,
         entries = read_weights_header(path, dtypes, BUFFERS)
         for name, entry in entries.items():
             if name in found:
-                raise ValueError(f"{path}: holds {name}, which {found[name][0].name} holds too")
+                raise ValueError(f"{path}: contains {name}, which {found[name][0].name} contains too")
             if name not in names:
-                raise ValueError(f"{path}: holds {name}, which {INDEX} does not name")
+                raise ValueError(f"{path}: contains {name}, which {INDEX} does not name")
             found[name] = path, entry
         missing = sorted(name for name in names - entries.keys() if not name.endswith(BUFFERS))
         if missing:
-            raise ValueError(f"{path}: lacks {cut(missing[0], 200)}, which {INDEX} says it holds")
+            raise ValueError(f"{path}: {cut(missing[0], 200)} is missing, although {INDEX} names it")
     return found
 
 
 def weights_file(directory: Path) -> Path:
-    """The file that makes a directory a model: model.safetensors, or the index of its shards."""
+    """The directory's model.safetensors, or the index of its shards if only that exists."""
     single, index = directory / WEIGHTS, directory / INDEX
     return single if single.is_file() or not index.is_file() else index
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
-    """The shards that an index names, sorted, and the tensors that it says each holds.
+    """{shard: its tensors}, sorted, as the index at `path` has them.
 
     Raises ValueError for an index without a weight_map, and for a shard that is not a safetensors file beside it.
     """
     wanted = read_json(path).get("weight_map")
     if not isinstance(wanted, dict) or not wanted or not all(isinstance(shard, str) for shard in wanted.values()):
-        raise ValueError(f'{path}: has no "weight_map" of tensors to files')
+        raise ValueError(f'{path}: expected a "weight_map" of tensors to files')
     shards: dict[str, set[str]] = {shard: set() for shard in sorted(set(wanted.values()))}
     for shard in shards:
         if Path(shard).suffix in PICKLED:
@@ -102,7 +101,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a shard's size: a whole number, or text such as "5GB" or "500MB" (decimal, as in transformers).
+    """The bytes in a size: a whole number, or text such as "5GB" or "500MB" (decimal, as in transformers).
 
     Raises ValueError for anything else.
     """
@@ -114,10 +113,11 @@ def parse_size(size: int | str) -> int:
 
 
 def write_model(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD) -> int:
-    """Write (name, array) as model.safetensors, or as shards of at most `shard_bytes` and an index -> bytes of tensors.
+    """Write (name, array) as model.safetensors, or as shards of at most `shard_bytes` and an index; -> the bytes of all
+    tensors.
 
-    `directory` is one of `writing.together` or `writing.new_directory`. A tensor that follows another and begins with
-    its name, as bitsandbytes' parts do, is put in the same shard. Raises ValueError for a name that appears twice.
+    `directory` comes from `writing.together` or `writing.new_directory`. A tensor whose name begins with that of the
+    one before it, like bitsandbytes' parts, goes into the same shard. Raises ValueError for a name that appears twice.
     """
     shards, weight, seen = [_Shard(directory / "0.part")], "", set()
     for name, array in tensors:
@@ -143,11 +143,10 @@ def write_model(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shar
 
 
 class _Shard:
-    """One file in the making.
+    """A safetensors file that is being written.
 
-    In a safetensors file the header, which knows all sizes, comes first, and the widest items come first after it. So
-    tensors are gathered by the size of their items, each size in a file of its own, which are put behind the header
-    when the last tensor has come.
+    The header, which lists all sizes, comes first, then the tensors with the widest items. So tensors are gathered by
+    the size of their items, each size in a file of its own, and these are put behind the header at the end.
     """
 
     def __init__(self, path: Path) -> None:

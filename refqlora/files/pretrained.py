@@ -1,5 +1,5 @@
-"""A model's directory to a config and parameters, and back: what `Model.from_pretrained` and `Model.save_pretrained`
-do. Names and layout of the tensors are translated here."""
+"""A model's directory to a config and parameters, and back, for `Model.from_pretrained` and `Model.save_pretrained`.
+Names and layouts of tensors are translated here."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .writing import target, together, write_json
 def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, dict[str, Weight]]:
     """The config and parameters of `model`, a directory or a hub's id, as `Model.from_pretrained` describes them.
 
-    A tensor that is missing, unexpected or misshapen is found in the files' headers, before the first is read; in
-    bitsandbytes' files, whose weights come in parts, at the end.
+    A tensor that is missing, unexpected or misshapen is found in the files' headers before any tensor is read, but in
+    bitsandbytes' files, whose weights come in parts, only at the end.
     """
     if quantize is not None:
         check("quantize", quantize, one_of(list(CODEBOOKS)))
@@ -38,7 +38,10 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         config = replace(config, eos_token_id=eos if len(eos) > 1 else eos[0])
     stored = bnb.quantization_config(d, where)
     if stored is not None and quantize not in (None, stored["bnb_4bit_quant_type"]):
-        raise ValueError(f"{where}: is quantised already, not to {quantize}: give quantize=None or --no-quantize")
+        raise ValueError(
+            f"{where}: the model is quantised to {stored['bnb_4bit_quant_type']} already: give quantize=None or "
+            "--no-quantize"
+        )
 
     if stored is None:
         check_tensors(path, config)
@@ -49,7 +52,7 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         if isinstance(tensor, QuantizedTensor):
             if name not in linears | {"lm_head.weight"}:
                 raise ValueError(
-                    f"{model_files.weights_file(path)}: {name} is quantised, which only a linear's weight may be"
+                    f"{model_files.weights_file(path)}: {name} is quantised, but only linears may be quantised"
                 )
             params[name] = tensor
         elif quantize and stored is None and name in linears:
@@ -59,11 +62,11 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
         else:
             params[name] = np.ascontiguousarray(finite(f"{path}: {name}", tensor, dtype))
         del tensor  # before the next is read
-    _check(params, path, config)
+    check_found(params, path, config)
     if config.tied and "lm_head.weight" in params:
         copy, embedding = params.pop("lm_head.weight"), np.asarray(params[config.head])
         if isinstance(copy, QuantizedTensor) or not all(map(np.array_equal, copy, embedding)):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, to which the config ties it")
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, although the config ties them")
     return config, {name: params[name] for name in config.shapes()}
 
 
@@ -77,9 +80,9 @@ def save(
 ) -> None:
     """Write config.json and the weights, as `Model.save_pretrained` describes it.
 
-    base: the directory of the model that this one was made from, of the same shapes. Its tokenizer and other companions
-    (`model_files.COMPANIONS`) are copied, and its config.json is written with nothing changed but the dtype and the
-    quantization_config. Raises ValueError naming the tensor that `dtype` does not hold.
+    base: the directory of the model that this one was made from, with the same shapes. Its tokenizer and other
+    companions (`model_files.COMPANIONS`) are copied, and only the dtype and the quantization_config of its config.json
+    are changed. Raises ValueError that names a tensor with numbers too large for `dtype`.
     """
     path = Path(path)
     dtype = as_dtype("dtype", dtype, FLOATS)
@@ -100,12 +103,12 @@ def save(
 
 
 def check_tensors(path: Path, config: Config) -> None:
-    """Raise ValueError that names what is missing, unexpected or misshapen in a dense model's files; only their headers
-    are read."""
-    _check(dict(from_file(config, *item) for item in model_files.outline(path)), path, config)
+    """`check_found` for a dense model's files; only their headers are read."""
+    check_found(dict(from_file(config, *item) for item in model_files.outline(path)), path, config)
 
 
-def _check(found: Mapping[str, Any], path: Path, config: Config) -> None:
+def check_found(found: Mapping[str, Any], path: Path, config: Config) -> None:
+    """Raise ValueError that names the first tensor which is missing, unexpected or misshapen."""
     expected = config.shapes()
     if config.tied and "lm_head.weight" in found:  # some writers keep a copy of the embedding
         expected["lm_head.weight"] = expected[config.head]
@@ -118,8 +121,8 @@ def _check(found: Mapping[str, Any], path: Path, config: Config) -> None:
 def from_file(config: Config, name: str, tensor: Weight) -> tuple[str, Weight]:
     """One tensor of a model file -> its name and layout here.
 
-    Here every name is that of the model with its output head (a base model saved without it lacks the prefix), and
-    every linear's weight is (out, in) (GPT-2's files hold the transpose; a quantised one is (out, in) there too).
+    Names here are those of the model with its output head; files saved without the head lack a prefix. Linear weights
+    here are (out, in); GPT-2's files hold the transpose, except of quantised ones.
     """
     architecture = config.architecture
     parts = (architecture.embedding, architecture.positions, architecture.layers, architecture.final_norm)
@@ -129,7 +132,7 @@ def from_file(config: Config, name: str, tensor: Weight) -> tuple[str, Weight]:
 
 
 def to_file(config: Config, name: str, tensor: Weight) -> tuple[str, Weight]:
-    """A parameter -> the name and layout that a file has for it: the inverse of `from_file`."""
+    """A parameter -> its name and layout in a file: the inverse of `from_file`."""
     return name, _turned(config, name, tensor)
 
 

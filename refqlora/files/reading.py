@@ -1,4 +1,4 @@
-"""JSON and safetensors files, read strictly: what does not fit the format is refused, and nothing is ever unpickled."""
+"""JSON and safetensors files, read strictly: files that break the format are refused, and nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -24,22 +24,30 @@ STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 UNPICKLE = (
-    "is pickled, which is never opened, as it may run code; where you trust it, transformers converts it: "
+    "pickled files are never opened, as they may run code; if you trust it, transformers converts it: "
     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
 )
-FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))  # what a weight may be
+FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))  # dtypes of weights
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError or ValueError that name the file; a key given twice is an error."""
+    """Read a JSON object. Raises FileNotFoundError, or ValueError as `parse_object` does; both name the file."""
     try:
-        value = parse_json(Path(path).read_bytes())
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
+    return parse_object(data, str(path))
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises ValueError, beginning with `where`, for anything else, and for a key that appears
+    twice."""
+    try:
+        value = parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -77,11 +85,11 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a safetensors file holds: each tensor by its name, in the order in which they lie, and the metadata.
+    """What a safetensors file holds: an Entry for each tensor, in the order of their data, and the metadata.
 
-    The format (huggingface/safetensors, README): 8 bytes, the header's length; the header, JSON; the tensors' bytes,
-    without a gap. Raises FileNotFoundError, or ValueError that names the file and the tensor at fault, unless the
-    names, dtypes, shapes and offsets of the header agree and fill the file to its last byte.
+    The format (huggingface/safetensors, README): 8 bytes with the header's length; the header, in JSON; the tensors'
+    bytes, without gaps. Raises FileNotFoundError, or ValueError that names the file and the tensor at fault, unless
+    the names, dtypes, shapes and offsets in the header agree and fill the file to its last byte.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,15 +109,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """`read_header` of what JSON has read; the tensors lie in the bytes from `start` to `size`."""
+    """Check a header parsed from JSON, for tensors in the bytes from `start` to `size`; -> as `read_header`."""
     if not isinstance(header, dict):
-        raise ValueError(f"the header is a {type(header).__name__}, expected an object")
+        raise ValueError(f"header: expected an object, got {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the metadata: expected an object of texts")
+        raise ValueError("metadata: expected an object of texts")
     for name, fields in header.items():
         if len(name) > 1000:
-            raise ValueError(f"{cut(name, 60)}: a name of {len(name)} characters")
+            raise ValueError(f"{cut(name, 60)}: expected a name of at most 1000 characters, got {len(name)}")
         if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name}: expected the fields dtype, shape and data_offsets, got {shown(fields)}")
         for field in ("shape", "data_offsets"):
@@ -118,7 +126,7 @@ def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry],
                 raise ValueError(f"{name} has {field} {shown(fields[field])}")
         if not isinstance(fields["dtype"], str) or fields["dtype"] not in STORED_DTYPES:
             raise _UnknownDtype(f"{name} is {shown(fields['dtype'])}, expected one of {', '.join(STORED_DTYPES)}")
-        if math.prod(n or 1 for n in fields["shape"]) >= 2**59:  # NumPy holds no such shape, not even of 0 elements
+        if math.prod(n or 1 for n in fields["shape"]) >= 2**59:  # NumPy refuses such shapes, even with 0 elements
             raise ValueError(f"{name} has shape {shown(fields['shape'])}")
     entries, at = {}, 0
     for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -135,11 +143,11 @@ def _check_header(header: Any, start: int, size: int) -> tuple[dict[str, Entry],
 
 
 def read_tensor(path: Path, entry: Entry) -> np.ndarray:
-    """One tensor of a safetensors file, as `read_header` has found it. The file is not mapped: pages of a mapped file
-    count as the process's own for as long as it is open."""
+    """One tensor of a safetensors file, at an Entry of `read_header`. The file is read, not mapped: the pages of a
+    mapped file count as the process's memory for as long as it is open."""
     flat = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
     if flat.size != entry.nbytes:
-        raise ValueError(f"{path}: became shorter while it was read")
+        raise ValueError(f"{path}: the file became shorter while it was being read")
     return flat.view(entry.dtype).reshape(entry.shape)
 
 
@@ -157,10 +165,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_weights_header(
     path: Path, dtypes: Sequence[np.dtype] = FLOATS, skip: tuple[str, ...] = ()
 ) -> dict[str, Entry]:
-    """The tensors in a file that others made, without those whose names end in one of `skip`.
+    """The tensors in a weights file, without those whose names end in one of `skip`.
 
-    Raises what `read_header` raises, and ValueError for a tensor that is not of `dtypes`, and where the file is not
-    there but a pickled one is.
+    Raises what `read_header` raises, and ValueError for a tensor whose dtype is not in `dtypes`, or if there is only a
+    pickled file.
     """
     path = Path(path)
     if not path.is_file():
@@ -175,7 +183,7 @@ def read_weights_header(
 
 
 def read_weights(path: Path, dtypes: Sequence[np.dtype] = FLOATS) -> Iterator[tuple[str, np.ndarray]]:
-    """`read_tensors` of a file that others made, by the rules of `read_weights_header`."""
+    """`read_tensors` of a weights file, by the rules of `read_weights_header`."""
     for name, entry in read_weights_header(path, dtypes).items():
         yield name, read_tensor(path, entry)
 
@@ -192,7 +200,7 @@ class Mapped(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Its name in the file's header, such as "BF16"."""
+        """The dtype's name in the file's header, such as "BF16"."""
         return STORED_NAMES[self.entry.dtype]
 
     @property
@@ -201,12 +209,12 @@ class Mapped(NamedTuple):
 
     @property
     def array(self) -> np.ndarray:
-        """The tensor, mapped and not writeable."""
+        """The tensor, mapped and read-only."""
         data = np.memmap(self.path, np.uint8, mode="r")
         return np.ndarray(self.shape, self.entry.dtype, data, self.entry.start)
 
     def read(self) -> np.ndarray:
-        """A copy, for whoever goes through it all: pages of a map count as the process's own while it is open."""
+        """The tensor as a copy. Prefer it to `array` to go through all elements: see `read_tensor`."""
         return read_tensor(self.path, self.entry)
 
 

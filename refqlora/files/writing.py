@@ -1,7 +1,7 @@
 """Files written safely: under a temporary name, then renamed, by one process at a time in each directory.
 
-A killed run leaves the old file or the new one, never half of one, and its temporary files are cleared away by the next
-run that writes there. An error names the file that was being written, not the temporary one.
+A killed run leaves the old file or the new one, never half of one; the next run that writes there removes its temporary
+files. An error names the file that was being written, not the temporary one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from .reading import STORED_NAMES
 
 LOCK = ".refqlora.lock"
-_STAGING = ".refqlora-"  # followed by what tempfile adds
+_STAGING = ".refqlora-"  # tempfile adds eight characters
 _STAGED = re.compile(re.escape(_STAGING) + r"[a-z0-9_]{8}")
-_held: set[tuple[Path, int]] = set()  # directories locked by this process, and by which of its threads
+_held: set[tuple[Path, int]] = set()  # directories locked by this process, and the thread that locked each
 
 
 # ---- one file --------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 def safetensors_header(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """What a safetensors file of these dtypes and shapes begins with, and the order in which the tensors follow.
+    """The first bytes of a safetensors file of these dtypes and shapes, and the order in which the tensors follow.
 
-    A tensor must start at a multiple of its item's size, and there may be no hole before it: the widest come first.
+    A tensor must start at a multiple of its item's size, without a gap before it, so the widest come first.
     """
     order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -97,18 +97,18 @@ def raw(tensor: np.ndarray) -> memoryview:
 
 @contextmanager
 def together(directory: Path, last: str = "", instead_of: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary directory to write files into, which replace those in `directory` when the block ends without error.
+    """A temporary directory; the files written into it replace those in `directory` when the block ends without error.
 
-    For files that make sense only together, name in `last` the one without which a reader refuses the others, such as
-    the config. The old one of that name is removed first and the new one comes last, so that a killed run leaves all
-    of the old files, all of the new, or a directory without `last`: never new weights beside an old config.
+    If files make sense only together, name in `last` the one without which nothing reads the others, such as the
+    config. The old `last` is removed first and the new one is moved last, so that a killed run leaves all the old
+    files, all the new ones, or a directory without `last`: never new weights beside an old config.
 
         with together(directory, last="adapter_config.json") as new:
             write_tensors(new / "adapter_model.safetensors", tensors)
             write_json(new / "adapter_config.json", config)
 
-    instead_of: patterns of older files that go, unless they are replaced. `directory` is created if it is not there,
-    and is locked meanwhile. Within the temporary directory, the functions of this module write directly.
+    instead_of: patterns of old files to remove. `directory` is created if it does not exist, and is locked meanwhile.
+    Inside the temporary directory, the functions of this module write directly.
     """
     directory = Path(directory)
     if _STAGED.fullmatch(directory.name):
@@ -130,7 +130,7 @@ def together(directory: Path, last: str = "", instead_of: Sequence[str] = ()) ->
 
 
 def _put(staging: Path, directory: Path, names: list[str], last: str, instead_of: Sequence[str]) -> None:
-    """The renames of `together`; begun again, it goes on with what is left in `staging`."""
+    """Move the files from `staging` to `directory`. Called again after an interrupt, it moves those that are left."""
     for path in staging.rglob("*"):
         with naming(directory / path.relative_to(staging)):
             _sync(path)
@@ -150,7 +150,7 @@ def _put(staging: Path, directory: Path, names: list[str], last: str, instead_of
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file's bytes; or a directory's names, which not every system can be asked for."""
+    """Force a file's bytes, or a directory's names, onto the disk; not every system can do the latter."""
     if path.is_file():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
@@ -165,8 +165,8 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path, last: str = "config.json") -> Iterator[Path]:
-    """`together` for a directory that must be new or empty, which is checked before the block runs. After an error the
-    directory is as it was. A link to an empty directory is followed."""
+    """`together` for a directory that must be new or empty, as `check_new` checks before the block runs. After an error
+    the directory is as it was. A link to an empty directory is followed."""
     check_new(path)
     with locked(path):
         check_new(path)  # now that no other process writes there
@@ -175,7 +175,7 @@ def new_directory(path: Path, last: str = "config.json") -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raise ValueError unless `path` may become a new directory: nothing is there, or an empty directory."""
+    """Raise ValueError unless `path` does not exist or is an empty directory."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path}: expected a new or empty directory, got a link to nothing")
@@ -192,10 +192,10 @@ def check_new(path: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Keep other processes from writing in `directory` while the block runs.
 
-    The directory is created if it is not there, and removed again if nothing was written. The system releases the lock
-    when the process dies. What killed runs left under temporary names is removed. A block inside a block, in the same
-    thread, is one lock. Raises ValueError at once if another process, or another thread, holds the lock; where the
-    system has no locks, it does nothing.
+    The directory is created if it does not exist, and removed again if nothing was written. The system releases the
+    lock when the process dies. Temporary files that killed runs left are removed. Blocks may be nested in one thread.
+    Raises ValueError at once if another process or another thread holds the lock. On a system without locks nothing is
+    locked.
     """
     directory = Path(directory)
     key = (directory.resolve(), threading.get_ident())
@@ -221,12 +221,12 @@ def locked(directory: Path) -> Iterator[None]:
         finally:
             os.close(number)
         if made:
-            with suppress(OSError):  # files are in it
+            with suppress(OSError):  # it is not empty
                 directory.rmdir()
 
 
 def _acquire(directory: Path, lock: Path) -> tuple[int, bool]:
-    """Create and lock the file `lock` -> its open number, and whether the system has locks."""
+    """Create and lock the file `lock`; -> its file descriptor, and whether the system has locks."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -247,7 +247,7 @@ def _acquire(directory: Path, lock: Path) -> tuple[int, bool]:
 
 
 def _lock(number: int) -> bool:
-    """Lock an open file -> whether the system has locks. Raises BlockingIOError if another process holds it."""
+    """Lock an open file; -> whether the system has locks. Raises BlockingIOError if another process holds the lock."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -270,13 +270,13 @@ def _lock(number: int) -> bool:
 
 
 def target(path: Path) -> Path:
-    """What a path in a temporary directory of `together`, or the directory itself, is to become."""
+    """The final path of a path in a temporary directory of `together`, or of the directory itself."""
     return Path(*(part for part in Path(path).parts if not _STAGED.fullmatch(part)))
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in the block says "PATH: No space left on device", of the file that `path` is or will be."""
+    """Make an OSError in the block read "PATH: No space left on device", with the final path of `path`."""
     try:
         yield
     except OSError as error:

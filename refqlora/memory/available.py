@@ -1,4 +1,4 @@
-"""What the machine has left for this process."""
+"""The memory that the machine has left for this process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still allocate: what the system has free or can free, within the limits of its
-    control group (a container's) and of `ulimit -v`. None where the system is not Linux, and does not say.
+    control group (a container's) and of `ulimit -v`. None if the system is not Linux or does not say.
 
-    root: where proc and sys are.
+    root: the directory that contains proc and sys.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -27,7 +27,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """What the memory control group of this process, and each that it lies in, has left (cgroup v2, or v1)."""
+    """The bytes left in this process's memory control group and in each of its parents (cgroup v2 or v1)."""
     lines = _text(root / "proc/self/cgroup").splitlines()
     groups = [line.split(":", 2) for line in lines if line.count(":") >= 2]
     left = []
@@ -42,7 +42,7 @@ def _group_limits(root: Path) -> list[int]:
         for group in (top / inner, *(top / parent for parent in inner.parents)):
             numbers = [_text(group / name).strip() for name in (limit, usage)]
             if all(number.isdecimal() for number in numbers):  # "max": no limit
-                cache = _fields(group / "memory.stat")  # of files, which goes when memory is short
+                cache = _fields(group / "memory.stat")  # the cache of files is freed if memory is short
                 left.append(int(numbers[0]) - int(numbers[1]) + cache.get("inactive_file", 0))
     return left
 

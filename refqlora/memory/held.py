@@ -11,11 +11,11 @@ from ..quantization import QuantizedTensor
 
 
 def training_bytes(model: Model, grads: Mapping[str, Array], optimizer: AdamW) -> dict[str, int]:
-    """What the arrays of a training run take, in bytes; activations, which come and go in a step, are not included.
+    """The bytes of the arrays that a training run holds, without activations, which come and go in each step.
 
     codes: the 4-bit weights; constants: their quantisation constants; dense: the weights that are not quantised;
-    adapter; gradients; optimizer: AdamW's two moments; total: the sum. The weights that PiSSA and OLoRA adapters have
-    in place of the model's count with the others.
+    adapter; gradients; optimizer: AdamW's two moments; total: the sum. The residual weights of PiSSA and OLoRA adapters
+    are counted too.
     """
     weights = [*model.params.values(), *(w for a in model.adapters.values() for w in a.residual.values())]
     quantized = [p for p in weights if isinstance(p, QuantizedTensor)]

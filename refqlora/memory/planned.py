@@ -1,4 +1,4 @@
-"""How a step goes through the model so that it fits in memory: its micro-batches, and whether layers are recomputed."""
+"""Plans of a training step that fit in memory: the size of micro-batches, and whether layers are recomputed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .predicted import step_bytes
 
 
 class Plan(NamedTuple):
-    """How many sequences go through the model at once, whether each layer is computed again in the backward, and the
-    bytes that a step then takes beside the model."""
+    """The number of sequences that go through the model at once, whether each layer is recomputed in the backward, and
+    the bytes that a step then takes besides the model."""
 
     micro_batch: int
     recompute: bool
@@ -22,9 +22,9 @@ class Plan(NamedTuple):
 def plan_step(
     model: Model, length: int, batch: int, room: float, micro_batch: int | None = None, recompute: bool = False
 ) -> Plan:
-    """The plan for training the model's active adapter, or all of its weights, within `room` bytes: see `plan`.
+    """The plan (see `plan`) for training the model's active adapter, or all of its weights, within `room` bytes.
 
-    length: tokens in the longest sequence. Gradients and AdamW's moments count, the weights do not.
+    length: tokens in the longest sequence. Gradients and AdamW's moments are counted, weights are not.
     """
     adapter = None if model.active is None else model.adapters[model.active]
     trained = sum(p.nbytes for p in model.trainable().values())
@@ -49,10 +49,10 @@ def plan_step(
 def plan(
     need: Callable[[int, bool], int], batch: int, room: float, micro_batch: int | None = None, recompute: bool = False
 ) -> Plan:
-    """The quickest plan that needs at most `room` bytes; if there is none, the one that needs least.
+    """The fastest plan that needs at most `room` bytes; if there is none, the one that needs the least.
 
-    need: (micro_batch, recompute) -> bytes. A micro_batch that is given is kept, and so is a recompute that is True.
-    Smaller micro-batches come before recomputing, which takes a third more time.
+    need: (micro_batch, recompute) -> bytes. A given micro_batch is kept, and so is recompute=True. Smaller
+    micro-batches are tried before recomputing, which takes a third more time.
     """
     sizes = [micro_batch or batch]
     while micro_batch is None and sizes[-1] > 1:

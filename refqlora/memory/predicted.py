@@ -2,13 +2,13 @@
 
 The largest arrays of a step, in elements, by the legend in functional.py with N = B*T rows:
 
-    a layer's cache     N (4D + 2Hh + 2Kh + 3F + ...)    what its backward needs; with recompute only its input, N D
-    logits              2 N V                            and their gradient
-    scratch             5 N F, 2 H 128 T, ...            the largest of what one operation has at once
+    a layer's cache     N (4D + 2Hh + 2Kh + 3F + ...)    for its backward; with recompute only its input, N D
+    logits              2 N V                            with their gradient
+    scratch             5 N F, 2 H 128 T, ...            the most that one operation holds at once
     a weight            out * in                         while it is dequantised
 
-A step's peak is either at the loss, where all caches and the logits are held, or in the backward of a layer, where the
-caches of the layers below it, the gradient of the logits and the scratch are.
+A step's peak is either at the loss, where all caches and the logits are held, or in a layer's backward, where the
+caches of the layers below it, the gradient of the logits and the scratch are held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..config import Config
 from ..lm_head import TILE as HEAD_TILE
 from ..lora_config import LoraConfig
 
-CHUNK = 2**17  # elements of the logits that cross_entropy works on at once
+CHUNK = 2**17  # elements of the logits that cross_entropy handles at once
 
 
 def step_bytes(
@@ -36,11 +36,11 @@ def step_bytes(
     half_head: bool = False,
     itemsize: int = 4,
 ) -> int:
-    """The peak of `loss_and_gradients`, in bytes, over what is held before: weights, adapter and optimiser.
+    """The peak of `loss_and_gradients`, in bytes, on top of weights, adapter and optimiser.
 
-    lora: None for full training. length: T, tokens in the longest sequence. batch: sequences in a step, of which
-    micro_batch go through the model at once (None: all). quantized: linears are in 4 bits; half_head: embedding and
-    output head are in 16. itemsize: of the dtype of all computation.
+    lora: None for full training. length: T, tokens in the longest sequence. batch: sequences in a step; micro_batch of
+    them go through the model at once (None: all). quantized: linears have 4 bits; half_head: embedding and output head
+    have 16. itemsize: of the dtype of all computation.
     """
     at_once = min(batch, micro_batch or batch)
     rows, logits = at_once * length, at_once * length * config.vocab_size
@@ -55,11 +55,11 @@ def step_bytes(
     kept += 2 * rows * config.hidden_size  # the last norm
     scratch = _layer_scratch(config, lora, ranks, at_once, length, quantized)
     capped = config.final_logit_softcapping is not None
-    copies, after = (3, 3) if capped else (2, 1)  # of the logits, or their gradient: at the loss, and in the backward
+    copies, after = (3, 3) if capped else (2, 1)  # of the logits or their gradient: at the loss, in the backward
     tile = min(config.vocab_size, max(1, HEAD_TILE // config.hidden_size))
     cast = tile * config.hidden_size if half_head else 0
     at_head = max(
-        logits + tile * rows + cast,  # a tile's logits, before they are put in place
+        logits + tile * rows + cast,  # a tile's logits, before they are copied
         logits * copies + min(CHUNK, logits),
         logits * after + config.hidden_size * rows * 2 + cast + head,
         logits * after + scratch + head + (inner if recompute else 0),
@@ -72,13 +72,13 @@ def step_bytes(
 
 
 def _layer_cache(config: Config, lora: LoraConfig | None, ranks: Mapping[str, int], i: int) -> float:
-    """Elements for each row that a layer's forward leaves for its backward."""
+    """Elements for each row that a layer's forward keeps for its backward."""
     a, d, f = config.architecture, config.hidden_size, config.intermediate_size
     q, k, v = config.qkv_sizes
     total: float = 2 * (2 * d + 1)  # two norms: their input and output
     total += sum(d + 1 for name in (a.attention_post_norm, a.mlp_post_norm) if name)
     fused = len(a.qkv) == 1
-    total += (q + k + v if fused else v) + (0 if a.positions else q + k)  # RoPE makes q and k anew
+    total += (q + k + v if fused else v) + (0 if a.positions else q + k)  # RoPE copies q and k
     total += q + k + config.heads + config.kv_heads if a.qk_norm else 0
     total += q + config.heads  # attention's output, and each row's logsumexp
     total += (len(config.mlp_sizes) + 1) * f
@@ -95,7 +95,7 @@ def _layer_cache(config: Config, lora: LoraConfig | None, ranks: Mapping[str, in
 def _layer_scratch(
     config: Config, lora: LoraConfig | None, ranks: Mapping[str, int], batch: int, length: int, quantized: bool
 ) -> int:
-    """Elements that one operation of a layer has at once, besides the caches: the largest of them."""
+    """The most elements that one operation of a layer holds at once, besides the caches."""
     d, f = config.hidden_size, config.intermediate_size
     rows, (q, k, v) = batch * length, config.qkv_sizes
     shapes = config.shapes()

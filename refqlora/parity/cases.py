@@ -27,8 +27,13 @@ class Case(NamedTuple):
         return f"4bit/{self.tensor}/{self.kind}/{self.block_size}"
 
 
+def unpacked(packed: np.ndarray) -> np.ndarray:
+    """uint8 (n,) -> the codes (2n,), that in the high nibble first."""
+    return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+
+
 def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """{name: tensor}, float32 but where the name says otherwise."""
+    """{name: tensor}, float32 unless the name says otherwise."""
     normal = rng.standard_normal((300, 32)).astype(np.float32)
     tensors = {
         "ties nf4": ties(NF4),
@@ -60,13 +65,13 @@ def awkward_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def awkward_cases() -> list[Case]:
-    """What the file of vectors holds of them, "block sizes" and "many blocks" apart."""
+    """The cases of `awkward_tensors` in the file of vectors."""
     names = awkward_tensors(np.random.default_rng(0))
     return [Case(name, kind, 64) for name in names for kind in CODEBOOKS]
 
 
 def large_tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One for every block size, and one of two blocks of constants."""
+    """A tensor for all block sizes, and one with two blocks of constants."""
     return {
         "block sizes": rng.standard_normal((37, 117)).astype(np.float32),  # 4096 + 233
         "many blocks": rng.standard_normal((300, 30)).astype(np.float16),  # 282 blocks of 32
@@ -78,7 +83,7 @@ def large_cases() -> list[Case]:
 
 
 def random_cases(rng: np.random.Generator, size: int) -> Iterator[tuple[Case, np.ndarray]]:
-    """Shapes, dtypes, block sizes, distributions and scales at random, of `size` weights together."""
+    """Random shapes, dtypes, block sizes, distributions and scales, with `size` weights in total."""
     done = number = 0
     while done < size:
         n = int(min(size - done, 10 ** rng.uniform(2, 6), size / 5)) + 1
@@ -98,14 +103,14 @@ def random_cases(rng: np.random.Generator, size: int) -> Iterator[tuple[Case, np
 
 
 def constants(rng: np.random.Generator, blocks: int = 1000) -> dict[str, np.ndarray]:
-    """Vectors to quantise a second time, float32 (blocks,): as absmax of weights is, and awkward ones, negative too."""
+    """Vectors for double quantisation, float32 (blocks,): like weights' absmax, and awkward ones, some negative."""
     ordinary = np.abs(rng.standard_normal((blocks, 64)) * 0.02).max(axis=1).astype(np.float32)
     middle = (DYNAMIC[128:] + DYNAMIC[127:-1]) / 2  # (128,): of 0 and the positive values
     ties = np.stack([middle[:127], -middle[:127]], axis=1).reshape(-1)  # their mean is 0
     ties = np.concatenate([[1, -1], ties]).astype(np.float32)  # one block
     one = ordinary[:3].copy()
     one[0] = 40.0
-    mean = np.full(300, 2, np.float32)  # their mean to the bit, and of the second block all
+    mean = np.full(300, 2, np.float32)  # the mean is exactly 2, as is all of the second block
     mean[:256:2] += np.tile([0.5, -0.5, 0.3, -0.3], 32).astype(np.float32)
     return {
         "ordinary": ordinary,
@@ -118,7 +123,7 @@ def constants(rng: np.random.Generator, blocks: int = 1000) -> dict[str, np.ndar
 
 
 def ties(codebook: np.ndarray) -> np.ndarray:
-    """Every midpoint of neighbouring values and the floats next to it, in a block for each of some absmax and signs;
+    """Every midpoint of neighbouring values and the floats next to it, in blocks with several absmax and both signs;
     the last block is not full. Float32 (n,)."""
     values = np.sort(codebook)
     middle = (values[1:] + values[:-1]) / 2

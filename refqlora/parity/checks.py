@@ -1,4 +1,4 @@
-"""Every check of `refqlora parity`, and how one is run: live where its libraries are installed, else as recorded."""
+"""Every check of `refqlora parity`, and how to run one: live if its libraries are installed, else with a recording."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ import numpy as np
 
 from ..files.reading import read_metadata, read_tensors
 from . import decoders, exchange, quantization
-from .differences import Outcome, in_one_line
+from .differences import Observed, Outcome, in_one_line
 from .settings import ADAPTERS, ARCHITECTURES
 
-VECTORS = Path(__file__).parent / "vectors.safetensors"  # quantisation and LoRA: README.md says what each tensor is
-RECORDED = Path(__file__).parent / "recorded.safetensors"  # models and training, by the names of the checks
+VECTORS = Path(__file__).parent / "vectors.safetensors"  # quantisation and LoRA: README.md explains each tensor
+RECORDED = Path(__file__).parent / "recorded.safetensors"  # models and training, under the names of the checks
 SIZES = {"small": 100_000, "medium": 1_000_000, "large": 20_000_000}  # weights
 INSTALL = "pip install 'refqlora[parity]'"
 
-Observed = dict[str, np.ndarray]
-BITS = 0.0  # the bound where every bit must agree
-BOUND = 1e-5  # of float32 results, relative to a tensor's largest element
+BITS = 0.0  # the bound if every bit must agree
+BOUND = 1e-5  # for float32 results, relative to a tensor's largest element
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is compared with which libraries, how far it may be off, and the two halves of the comparison.
+    """What is compared with which libraries, the bound on the difference, and the two halves of the comparison.
 
-    observe  (seed, size) -> what the libraries make of random tensors of about `size` weights
-    compare  what was observed -> the differences; needs no library
-    record   the file that has a recording of it, if there is one
+    observe  (seed, size) -> the libraries' results for random tensors of about `size` weights
+    compare  those results -> the differences from ours; needs no library
+    record   the file with a recording of the results, or None
     """
 
     name: str
@@ -100,7 +99,8 @@ OK, DIFFERS, FAILED, SKIPPED = "OK", "DIFFERS", "FAILED", "skipped"
 
 @dataclass(frozen=True)
 class Line:
-    """The outcome of one check. `largest` is an element count where `bound` is 0, else relative; None if not known."""
+    """The outcome of one check. largest: the largest relative difference, or the number of elements that differ if
+    `bound` is 0; None if not known."""
 
     name: str
     what: str
@@ -125,11 +125,11 @@ class Line:
 
 
 def run(check: Check, seed: int = 0, size: int = SIZES["medium"], recorded: bool = False) -> Line:
-    """Run one check: never raises for what a library or the engine does, but says so in the line."""
+    """Run one check. Errors of a library or the engine are not raised, but reported in the line."""
     missing = [name for name in check.libraries if not installed(name)]
     live = not recorded and not missing
     if not live and check.record is None:
-        why = "there is no recording of it" if recorded else f"{missing[0]} not installed ({INSTALL})"
+        why = "it has no recording" if recorded else f"{missing[0]} is not installed ({INSTALL})"
         return Line(check.name, check.what, "", SKIPPED, check.bound, note=why)
     line = partial(Line, check.name, check.what, _against(check, live), bound=check.bound)
     try:
@@ -170,7 +170,7 @@ def _recording(check: Check) -> Path:
 
 
 def read_recorded(check: Check) -> Observed:
-    """What was observed when the recording was made."""
+    """The libraries' results for a check, from its recording."""
     path = _recording(check)
     tensors = dict(read_tensors(path))
     if path == VECTORS:
@@ -181,7 +181,7 @@ def read_recorded(check: Check) -> Observed:
 
 
 def installed(library: str) -> str:
-    """The version of an installed library, "" if there is none."""
+    """The version of a library; "" if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -190,7 +190,7 @@ def installed(library: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what libraries print, log and warn of out of the report; torch has one thread, as the models are small."""
+    """Suppress what libraries print, log and warn about; torch uses one thread, as the models are small."""
     said = io.StringIO()
     logging.disable(logging.ERROR)
     try:

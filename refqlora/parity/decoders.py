@@ -1,15 +1,15 @@
-"""Decoders and adapters held against transformers, PEFT and torch: logits, loss, gradients, training steps.
+"""Decoders and adapters compared with transformers, PEFT and torch: logits, loss, gradients, training steps.
 
-As in quantization.py, `observe_*` asks the libraries and `compare_*` reads what was observed. What transformers and
-PEFT saved is observed with it, under the names in their files, and is written to files again to be loaded here:
+As in quantization.py, `observe_*` runs the libraries and `compare_*` reads what was observed. The files that
+transformers and PEFT saved are observed too, and `compare_*` writes them again to load them here:
 
     config.json, adapter_config.json    uint8: the bytes of the file
     model/NAME, adapter/NAME            its tensors
     tokens, labels                      (B, T); labels as transformers takes them: not shifted, -100 where none counts
     logits, loss                        (B, T, V) and ()
     gradient/NAME                       of every trained parameter, under refqlora's names
-    residual/NAME                       what is left of a weight under PiSSA or OLoRA
-    losses, trained/NAME                of training steps, and the adapter after them
+    residual/NAME                       a weight's residual under PiSSA or OLoRA
+    losses, trained/NAME                the losses of training steps, and the adapter after them
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from ..files.writing import write_bytes, write_tensors
 from ..functional import cross_entropy
 from ..model import Model
 from ..optim import AdamW, clip_by_global_norm
-from .differences import Outcome, relative_difference, relative_differences
+from .differences import Observed, Outcome, relative_difference, relative_differences
 from .settings import ARCHITECTURES, LORA, MAX_NORM, STEP, STEPS, batch, shifted, sizes, sizes_4bit
-
-Observed = dict[str, np.ndarray]
 
 # ---- asking transformers, PEFT and torch ---------------------------------------------------------------------
 
@@ -50,19 +48,20 @@ def observe_decoder(seed: int, size: int, architecture: str = "llama", adapter: 
         observed |= _files(Path(directory), "adapter", "adapter_")
     if "init_lora_weights" in adapter:
         observed |= _named("residual", oracles.residuals(theirs))
-    logits, loss = oracles.run(theirs, observed["tokens"], observed["labels"])
-    observed |= {"logits": logits, "loss": np.array(loss, np.float32)}
-    return observed | _named("gradient", oracles.gradients(theirs))
+    return observed | _ran(theirs, observed)
 
 
 def observe_full(seed: int, size: int) -> Observed:
-    """No adapter: the gradient of every parameter of a Llama."""
+    """A Llama without adapter: logits, loss and the gradient of every parameter."""
+    base, observed = _base(seed, size, "llama")
+    return observed | _ran(base, observed)
+
+
+def _ran(theirs: Any, observed: Observed) -> Observed:
     from . import oracles
 
-    base, observed = _base(seed, size, "llama")
-    logits, loss = oracles.run(base, observed["tokens"], observed["labels"])
-    observed |= {"logits": logits, "loss": np.array(loss, np.float32)}
-    return observed | _named("gradient", oracles.gradients(base))
+    logits, loss = oracles.run(theirs, observed["tokens"], observed["labels"])
+    return {"logits": logits, "loss": np.array(loss, np.float32), **_named("gradient", oracles.gradients(theirs))}
 
 
 def observe_training(seed: int, size: int) -> Observed:
@@ -74,7 +73,7 @@ def observe_training(seed: int, size: int) -> Observed:
 
 
 def observe_qlora(seed: int, size: int) -> Observed:
-    """The same on bitsandbytes' Linear4bit, double-quantised: its 4-bit checkpoint as transformers saves it."""
+    """The same on bitsandbytes' Linear4bit, double-quantised, with the checkpoint that transformers saves of it."""
     from . import oracles
 
     tokens, labels = batch(seed)
@@ -89,7 +88,7 @@ def observe_qlora(seed: int, size: int) -> Observed:
 
 
 def _base(seed: int, size: int, architecture: str, apart: int = 0) -> tuple[Any, Observed]:
-    """transformers' model, its weights such that bfloat16 holds them; its files, in bfloat16, and a batch."""
+    """transformers' model, its weights rounded to bfloat16; its files, in bfloat16, and a batch."""
     from . import oracles
 
     kind, changes = ARCHITECTURES[architecture]
@@ -118,7 +117,7 @@ def _trained(theirs: Any, observed: Observed) -> Observed:
 
 
 def _files(directory: Path, prefix: str, stem: str) -> Observed:
-    """The observed form of `<stem>config.json` and of every safetensors file. No path of this machine goes along."""
+    """`<stem>config.json`, without paths of this machine, and every safetensors file, in the observed form."""
     config = json.loads((directory / f"{stem}config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "base_model_name_or_path"):
         if config.get(key):
@@ -137,13 +136,13 @@ def _named(prefix: str, tensors: dict[str, np.ndarray]) -> Observed:
 
 
 def group(observed: Observed, prefix: str) -> Observed:
-    """{name: array} of what is observed under prefix/name."""
+    """{name: array} of the arrays observed as prefix/name."""
     return {n.removeprefix(prefix + "/"): x for n, x in observed.items() if n.startswith(prefix + "/")}
 
 
 @contextmanager
 def written(observed: Observed) -> Iterator[Path]:
-    """A directory that holds what was observed as files: `model` and, where there is one, `adapter`."""
+    """A temporary directory with the observed files: `model` and, if there is one, `adapter`."""
     with TemporaryDirectory() as name:
         directory = Path(name)
         for part, stem, file in (("model", "", "model"), ("adapter", "adapter_", "adapter_model")):
@@ -161,7 +160,7 @@ def load(observed: Observed, dtype: Any = np.float32) -> Model:
             model = Model.from_pretrained(directory / "model", dtype=dtype)
             if (directory / "adapter").is_dir():
                 model.load_adapter(directory / "adapter")
-        except ValueError as error:  # the files are gone when anyone reads this: name them without their directory
+        except ValueError as error:  # name the files without their temporary directory
             raise ValueError(str(error).replace(f"{directory}/", "")) from None
     return model
 
@@ -170,7 +169,7 @@ def compare_decoder(observed: Observed, dtype: Any = np.float32) -> Outcome:
     model = load(observed, dtype)
     parts = {}
     if residual := group(observed, "residual"):
-        # PEFT's decomposition in float32 is some 1e-6 off, which two layers take to 1e-5: go on from its own.
+        # PEFT's decomposition in float32 is off by about 1e-6, which two layers raise to 1e-5: continue with PEFT's.
         ours = model.adapters["default"].residual
         parts["residual"] = max(relative_differences(ours, residual).values())
         ours.update({name: x.astype(dtype) for name, x in residual.items()})
@@ -204,7 +203,7 @@ def _with_gradients(parts: dict[str, float], observed: Observed, grads: dict[str
 def our_steps(
     ours: Model, tokens: np.ndarray, labels: np.ndarray, steps: int, **changes: Any
 ) -> Iterator[dict[str, Any]]:
-    """Of each step: the loss, the gradients before clipping, their norm, and the adapter after it."""
+    """For each step: the loss, the gradients before clipping, their norm, and the adapter after the step."""
     optimizer = AdamW(ours.trainable(), **STEP | changes)
     for _ in range(steps):
         logits, cache = ours.forward(tokens)
@@ -223,7 +222,7 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 
 def observe_adamw(seed: int, size: int) -> Observed:
-    """STEPS updates with random gradients, and the state after them; the weight decay is for the matrix alone."""
+    """STEPS updates with random gradients, and the state after them; only the matrix has weight decay."""
     from . import oracles
 
     rng, n = np.random.default_rng(seed), size // 100

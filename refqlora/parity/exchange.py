@@ -1,7 +1,7 @@
-"""Files written here and read there: what transformers, PEFT and bitsandbytes find in them.
+"""Files that we write, read by transformers, PEFT and bitsandbytes.
 
-The other way, files written there and read here, is in every comparison of decoders.py. These need the libraries, so
-there is no recording of them. Observed are our tensors and logits and theirs, under ours/ and theirs/.
+Every comparison in decoders.py tests the other direction, files written by them and read here. These checks need the
+libraries, so they cannot be recorded. Our tensors and logits are observed under ours/, the libraries' under theirs/.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from ..files.config_json import config_from_dict
 from ..model import Model
 from ..quantization import QuantizedTensor, dequantize
 from .decoders import group
-from .differences import Outcome, differing, relative_difference
+from .differences import Observed, Outcome, differing, relative_difference
 from .settings import LORA, batch, sizes, sizes_4bit
-
-Observed = dict[str, np.ndarray]
 
 
 def _llama(seed: int, weights: dict[str, Any]) -> Model:
-    """A Llama of random weights, and with an adapter whose B is not zero."""
+    """A Llama of random weights, with an adapter whose B is not zero."""
     model = Model.from_config(config_from_dict({"model_type": "llama"} | weights), seed)
     rng = np.random.default_rng(seed)
     for name, p in model.params.items():
@@ -89,7 +87,7 @@ def _observed(ours: Model, mine: Mapping[str, Any], found: dict[str, np.ndarray]
 
 
 def compare_exchange(observed: Observed) -> Outcome:
-    """Each tensor to the bit; the logits but for rounding."""
+    """Each tensor to the bit; the logits up to rounding."""
     ours, theirs = group(observed, "ours"), group(observed, "theirs")
     if ours.keys() != theirs.keys():
         raise ValueError(f"{min(ours.keys() ^ theirs.keys())} is on one side only")

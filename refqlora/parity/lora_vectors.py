@@ -1,10 +1,10 @@
-"""The LoRA linear's vectors: small inputs, and what torch's autograd makes of them in float64, rounded to float32."""
+"""The LoRA linear's vectors: small inputs, and torch's outputs and gradients in float64, rounded to float32."""
 
 from __future__ import annotations
 
 import numpy as np
 
-SIZES = {  # N rows, in, out, rank; no two equal, but where said
+SIZES = {  # N rows, in, out, rank; all different, except where noted
     "ordinary": (7, 12, 10, 3),
     "one row": (1, 9, 6, 2),
     "rank 1": (5, 8, 11, 1),

@@ -1,7 +1,7 @@
-"""Random models of every architecture, and what transformers, PEFT and torch make of them: the one file that runs them.
+"""Random models of every architecture, run by transformers, PEFT and torch; only this file runs them.
 
-A model's weights are of order one (matrices 1/sqrt(in), norms about 1, biases about 0.3), no two of its sizes are
-equal, and all is float32. Importing this needs torch, transformers and PEFT.
+A model's weights are of order one (matrices 1/sqrt(in), norms about 1, biases about 0.3), its sizes are all different,
+and everything is float32. Importing this file needs torch, transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def their_model(config: str, seed: int = 0, **sizes: Any) -> Any:
 
 
 def round_to_bfloat16(model: Any) -> Any:
-    """Round each weight, in place, so that a 16-bit file holds it exactly."""
+    """Round each weight, in place, so that a 16-bit file stores it exactly."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.bfloat16())
@@ -43,8 +43,8 @@ def round_to_bfloat16(model: Any) -> Any:
 
 
 def set_apart(model: Any, rank: int) -> Any:
-    """Make all but the largest singular value of each linear's weight smaller, in place, so that the `rank` largest
-    stand apart. Where two of them nearly agree, rounding decides which direction PiSSA takes."""
+    """Reduce all but the largest singular value of each linear's weight, in place, so that the `rank` largest differ
+    clearly. If two are nearly equal, rounding decides which direction PiSSA takes."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2 and "_proj" in name:
@@ -75,7 +75,7 @@ def their_adapter(base: Any, config: dict[str, Any], b_is_zero: bool = False, se
 
 
 def residuals(theirs: Any) -> dict[str, np.ndarray]:
-    """{name as here: the weight that an adapter of PEFT's sits on}, which PiSSA and OLoRA have changed."""
+    """{our name: the weight under a PEFT adapter}, which PiSSA and OLoRA have changed."""
     weights = [(name, p) for name, p in theirs.named_parameters() if name.endswith("base_layer.weight")]
     return {name.replace(".base_layer", ""): p for name, p in arrays(weights).items()}
 
@@ -94,7 +94,7 @@ def their_4bit(path: Path, double_quant: bool) -> Any:
 
 
 def packed_weights(theirs: Any) -> dict[str, Any]:
-    """{name as here: Params4bit} of a 4-bit model, PEFT's or transformers' own."""
+    """{our name: Params4bit} of a 4-bit model of PEFT or transformers."""
     named = (theirs.get_base_model() if isinstance(theirs, peft.PeftModel) else theirs).named_parameters()
     return {name.replace(".base_layer", ""): p for name, p in named if hasattr(p, "quant_state")}
 
@@ -104,7 +104,7 @@ def trained(theirs: Any) -> Named:
 
 
 def arrays(named: Named) -> dict[str, np.ndarray]:
-    """{name as here: array} of torch tensors under PEFT's names."""
+    """{our name: array} of torch tensors under PEFT's names."""
     names = {name: name.removeprefix("base_model.model.").replace(".default.", ".") for name, _ in named}
     names = {name: here.removesuffix(".weight") if "magnitude" in here else here for name, here in names.items()}
     return {names[name]: p.detach().float().numpy().copy() for name, p in named}
@@ -120,7 +120,7 @@ def logits_of(theirs: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def run(theirs: Any, tokens: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-    """-> logits (B, T, V) and loss; the gradients of what is trained are left on the parameters."""
+    """-> logits (B, T, V) and loss; the gradients are left on the trained parameters."""
     output = theirs(input_ids=torch.from_numpy(tokens), labels=torch.from_numpy(labels))
     output.loss.backward()
     return output.logits.detach().float().numpy(), output.loss.item()
@@ -129,7 +129,7 @@ def run(theirs: Any, tokens: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 def their_steps(
     theirs: Any, tokens: np.ndarray, labels: np.ndarray, steps: int, **changes: Any
 ) -> Iterator[dict[str, Any]]:
-    """Of each step: the loss, the gradients before clipping, their norm, and the adapter after it."""
+    """For each step: the loss, the gradients before clipping, their norm, and the adapter after the step."""
     params = [p for _, p in trained(theirs)]
     optimizer = torch.optim.AdamW(params, **STEP | changes)
     for _ in range(steps):
@@ -144,7 +144,7 @@ def their_steps(
 def their_adamw(
     start: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]], decayed: set[str], setting: dict[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """-> {"params", "m", "v"} after an update by each of `grads`; the weight decay is for `decayed` alone."""
+    """-> {"params", "m", "v"} after an update with each of `grads`; only `decayed` has weight decay."""
     params = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in start.items()}
     rest = {key: value for key, value in setting.items() if key != "weight_decay"}
     groups = [
@@ -165,7 +165,7 @@ def their_adamw(
 
 
 def load_strictly(path: str | Path) -> Any:
-    """transformers' model of the directory; ValueError if it misses a tensor or finds one too many."""
+    """transformers' model of the directory; ValueError if a tensor is missing or not expected."""
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # a pair, with output_loading_info
     theirs, info = load(path, dtype=torch.float32, device_map="cpu", output_loading_info=True)
     for what, names in info.items():
@@ -175,7 +175,7 @@ def load_strictly(path: str | Path) -> Any:
 
 
 def load_adapter_strictly(base: Any, path: Path) -> Any:
-    """PEFT's model with the adapter in the directory; ValueError if it misses a tensor or finds one too many."""
+    """PEFT's model with the adapter in the directory; ValueError if a tensor is missing or not expected."""
     theirs = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
     result = theirs.load_adapter(path, "again")
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if "lora" in name)]
@@ -186,7 +186,7 @@ def load_adapter_strictly(base: Any, path: Path) -> Any:
 
 
 def dequantised(base: Any) -> dict[str, np.ndarray]:
-    """{name as here: float32 array} of every 4-bit weight, as bitsandbytes dequantises it."""
+    """{our name: float32 array} of every 4-bit weight, dequantised by bitsandbytes."""
     import bitsandbytes.functional as bnb
 
     named = packed_weights(base).items()

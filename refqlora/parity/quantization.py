@@ -1,7 +1,7 @@
-"""Quantisation held against bitsandbytes and torchao: what the libraries make of tensors, and whether we make the same.
+"""Quantisation compared with bitsandbytes and torchao.
 
-`observe_*` asks a library and needs it installed; `compare_*` reads what was observed, now or when the vectors were
-recorded. The names of the arrays are those of the file of vectors (README.md here).
+`observe_*` runs a library, which must be installed; `compare_*` reads what was observed, now or in the recording. The
+arrays have the names of the file of vectors (README.md here).
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import numpy as np
 from ..codebooks import DYNAMIC, FP4, NF4, _linspace, dynamic_map
 from ..minimal import to_codes
 from ..quantization import NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize, quantize_constants
-from .cases import CODEBOOKS, Case, awkward_cases, awkward_tensors, constants, random_cases
-from .differences import Outcome, differing, relative_difference
-
-Observed = dict[str, np.ndarray]
+from .cases import CODEBOOKS, Case, awkward_cases, awkward_tensors, constants, random_cases, unpacked
+from .differences import Observed, Outcome, differing, relative_difference
 
 # ---- asking bitsandbytes and torchao -----------------------------------------------------------------------
 
@@ -41,15 +39,15 @@ def to_numpy(t: Any) -> np.ndarray:
 
 
 def fuses() -> bool:
-    """Whether torch rounds once as it multiplies and adds in `linspace`: as it does on CPUs since 2013 or so, unless
-    told otherwise. Where it rounds twice, the dynamic maps that bitsandbytes makes with it differ in the last bits."""
+    """Whether torch's `linspace` uses a fused multiply-add, which rounds once, as on CPUs since about 2013. If it
+    rounds twice, the dynamic maps that bitsandbytes computes with it differ in the last bits."""
     import torch
 
     return np.array_equal(torch.linspace(0.1, 1, 129).numpy(), _linspace(0.1, 1, 129))
 
 
 def observe_codebooks(seed: int, size: int) -> Observed:
-    """The dynamic maps only where they are those of all other machines."""
+    """The codebooks; the dynamic maps only if they are the same as on most machines (see `fuses`)."""
     import bitsandbytes.functional as bnb
 
     books = {name: bnb.get_4bit_type(name, device="cpu") for name in ("nf4", "fp4")}
@@ -60,7 +58,7 @@ def observe_codebooks(seed: int, size: int) -> Observed:
 
 
 def observe_4bit(seed: int, size: int) -> Observed:
-    """Awkward tensors, and random ones of `size` weights together."""
+    """Awkward tensors, and random ones with `size` weights in total."""
     rng = np.random.default_rng(seed)
     awkward = awkward_tensors(rng)
     named = [(case, awkward[case.tensor]) for case in awkward_cases()]
@@ -73,9 +71,9 @@ def quantise_4bit(cases: Iterable[tuple[Case, np.ndarray]]) -> Observed:
     import torch
 
     observed = {}
-    with torch.compiler.set_stance("force_eager"):  # its fallback for odd sizes is compiled anew for each shape
+    with torch.compiler.set_stance("force_eager"):  # its fallback for odd sizes is compiled for each shape
         for case, w in cases:
-            # Flat: for rows that do not fill blocks, its AVX512 dequantisation takes the wrong constants.
+            # Flat: if rows do not fill blocks, its AVX512 dequantisation uses the wrong constants.
             packed, state = bnb.quantize_4bit(to_torch(w).reshape(-1), quant_type=case.kind, blocksize=case.block_size)
             observed[f"w/{case.tensor}"] = w
             observed[f"{case.key}/packed"] = to_numpy(packed).reshape(-1)
@@ -98,7 +96,7 @@ def observe_rows(seed: int, size: int) -> Observed:
 
 
 def observe_8bit(seed: int, size: int) -> Observed:
-    """Constants quantised a second time: as bitsandbytes does on a CPU, with its offset."""
+    """Constants quantised a second time by bitsandbytes on a CPU, with its offset."""
     observed: Observed = {}
     for name, absmax in constants(np.random.default_rng(seed), max(1000, size // 64)).items():
         observed |= quantise_8bit(name, absmax)
@@ -124,7 +122,7 @@ def quantise_8bit(name: str, absmax: np.ndarray) -> Observed:
 def observe_torchao(seed: int, size: int) -> Observed:
     from torchao.quantization import NF4Tensor
 
-    rows = max(64, size // 256 // 64 * 64)  # it takes whole blocks of constants only
+    rows = max(64, size // 256 // 64 * 64)  # it takes only full blocks of constants
     w = np.random.default_rng(seed).standard_normal((rows, 256)).astype(ml_dtypes.bfloat16)
     q = NF4Tensor.from_tensor(to_torch(w.astype(np.float32)), 64, 256)
     return {
@@ -150,7 +148,7 @@ def cases(observed: Observed) -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
 
 
 def _counted(pairs: Iterable[tuple[str, Any, Any]], note: str = "") -> Outcome:
-    """(part, found, expected) -> how many elements of each part differ."""
+    """(part, found, expected) -> the number of elements of each part that differ."""
     parts: dict[str, float] = {}
     elements = 0
     for part, found, expected in pairs:
@@ -162,7 +160,7 @@ def _counted(pairs: Iterable[tuple[str, Any, Any]], note: str = "") -> Outcome:
 def compare_codebooks(observed: Observed) -> Outcome:
     ours = {"nf4": NF4, "fp4": FP4, "dynamic": DYNAMIC, "dynamic_unsigned": dynamic_map(signed=False)}
     there = [name for name in ours if f"codebook/{name}" in observed]
-    note = "" if there == [*ours] else "not the dynamic maps: torch has no fused multiply-add here"
+    note = "" if there == [*ours] else "without the dynamic maps: torch has no fused multiply-add here"
     return _counted(((name, ours[name], observed[f"codebook/{name}"]) for name in there), note)
 
 
@@ -178,7 +176,7 @@ def compare_packing(observed: Observed) -> Outcome:
 
 
 def compare_dequantisation(observed: Observed) -> Outcome:
-    """Of *their* codes and constants, so that it does not depend on our quantisation."""
+    """Dequantise *their* codes and constants, so that the check does not depend on our quantisation."""
 
     def pairs() -> Iterator[tuple[str, Any, Any]]:
         for case, theirs in cases(observed):
@@ -194,15 +192,15 @@ def compare_dequantisation(observed: Observed) -> Outcome:
 
 
 def compare_rows(observed: Observed) -> Outcome:
-    """Ours against the definition, codebook[code] * absmax, and theirs counted."""
+    """Compare ours with the definition, codebook[code] * absmax, and count bitsandbytes' differences from it."""
     ((_, theirs),) = cases(observed)
     packed, absmax, back = theirs["packed"], theirs["absmax"], theirs["dequantised"]
-    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+    codes = unpacked(packed)
     defined = (NF4[codes] * np.repeat(absmax, 64)[: codes.size]).reshape(back.shape)
     q = QuantizedTensor(packed, absmax, NF4, back.shape, 64, np.dtype(np.float32))
     wrong = len(differing(back, defined))
-    note = f"bitsandbytes itself takes the wrong constant for {wrong:,} of {back.size:,}"
-    right = "bitsandbytes is right on the machine asked; its known fault is with AVX512"
+    note = f"bitsandbytes itself uses the wrong constant for {wrong:,} of {back.size:,}"
+    right = "bitsandbytes is right on this machine; its known fault is with AVX512"
     return _counted([("dequantised", dequantize(q), defined)], note if wrong else right)
 
 
@@ -214,7 +212,7 @@ def constants_cases(observed: Observed) -> Iterator[tuple[str, dict[str, np.ndar
 
 
 def compare_binned(observed: Observed) -> Outcome:
-    """nested="bitsandbytes": to the bit what bitsandbytes does on a CPU, with the map that it makes there."""
+    """nested="bitsandbytes": equal to bitsandbytes on a CPU to the bit, with the map that it computes there."""
     dynamic = observed["codebook/dynamic"]
 
     def pairs() -> Iterator[tuple[str, Any, Any]]:
@@ -238,13 +236,13 @@ def compare_nearest(observed: Observed) -> Outcome:
         defined, _ = to_codes(absmax - offset, DYNAMIC, NESTED_BLOCK)
         found.append(("codes", codes, defined))
         expected = theirs["nested_absmax"].copy()
-        if absmax.size % NESTED_BLOCK:  # of a last block of zeros that is not full, ours is 1e-38 as for 4 bits
+        if absmax.size % NESTED_BLOCK:  # for a partial last block of zeros ours is 1e-38, as with 4 bits
             expected[-1:] = np.maximum(expected[-1:], np.float32(1e-38))
         found.append(("nested absmax", nested_absmax, expected))
-        if name == "ordinary":  # the others are made to be missed
+        if name == "ordinary":  # the others are chosen to be missed
             missed = f"{np.count_nonzero(defined != theirs['binned']):,} of {absmax.size:,}"
         offsets = max(offsets, relative_difference(quantize_constants(absmax)[2], offset))
-    note = f"of bitsandbytes' codes of ordinary constants on a CPU {missed} are not the nearest"
+    note = f"on a CPU {missed} of bitsandbytes' codes of ordinary constants are not the nearest"
     outcome = _counted(found, f"{note}; its offset is within {offsets:.1e} of ours")
     return outcome._replace(parts=outcome.parts | {"offset": float(offsets > 1e-6)})
 
@@ -257,8 +255,8 @@ TORCHAO = np.array(
 
 
 def compare_torchao(observed: Observed) -> Outcome:
-    """Its table has four decimals and it takes the least float32 distance to x / absmax: with both, no code may
-    differ. Its constants are 8-bit integers, a step for each block of 256."""
+    """torchao's table has four decimals, and it takes the value with the least float32 distance to x / absmax: with
+    both, no code may differ. Its constants are 8-bit integers, with a step for each block of 256."""
     w = observed["w"].astype(np.float32)
     blocks = w.reshape(-1, 64)
     absmax = np.abs(blocks).max(axis=1)
@@ -278,12 +276,12 @@ def compare_torchao(observed: Observed) -> Outcome:
     steps_off = np.abs(observed["constants"] - linear).reshape(-1, 256) / step
 
     q = quantize(w)
-    differ = sum(np.count_nonzero(half(q.packed) != half(theirs)) for half in (lambda b: b >> 4, lambda b: b & 15))
+    differ = np.count_nonzero(unpacked(q.packed) != unpacked(theirs))
     errors = [np.linalg.norm(x - w) / np.linalg.norm(w) for x in (dequantize(q), observed["dequantised"])]
     note = (
-        f"{differ:,} of {w.size:,} codes differ from NF4's, all by its table of four decimals; "
+        f"{differ:,} of {w.size:,} codes differ from NF4's, all because of its table of four decimals; "
         f"relative error of the weights {errors[1]:.5f}, ours {errors[0]:.5f}"
     )
     outcome = _counted([("packed", packed, theirs), ("dequantised", back, observed["dequantised"])], note)
-    # A constant on the edge between two integers may fall to either side: that is one step, not two.
+    # A constant halfway between two integers may be rounded either way: one step, not two.
     return outcome._replace(parts=outcome.parts | {"constants": int(np.count_nonzero(steps_off > 1.001))})

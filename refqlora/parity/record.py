@@ -1,8 +1,8 @@
-"""Record what the libraries make of everything that `refqlora parity` compares, for machines without them.
+"""Record the libraries' results for every check of `refqlora parity`, for machines without the libraries.
 
     python -m refqlora.parity.record
 
-Writes vectors.safetensors and recorded.safetensors beside this file (README.md there says what they hold), with the
+Writes vectors.safetensors and recorded.safetensors beside this file (README.md there explains them), with the
 libraries' versions and the seed in their metadata. Needs every library.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
         tensors = quantization.observe_codebooks(SEED, SIZE) | quantization.observe_4bit(SEED, SIZE)
         tensors |= quantization.quantise_4bit((case, large[case.tensor]) for case in large_cases())
         for name in [f"4bit/block sizes/nf4/{size}/dequantised" for size in BLOCK_SIZES[1:]]:
-            del tensors[name]  # packed, absmax and "block sizes" of 32 say as much
+            del tensors[name]  # packed, absmax and block size 32 suffice
         tensors |= quantization.observe_8bit(SEED, SIZE) | lora_vectors.observe(SEED)
     for name, parts in list(quantization.constants_cases(tensors)):
         codes, _ = to_codes(parts["absmax"] - parts["offset"], DYNAMIC, NESTED_BLOCK)
@@ -46,7 +46,7 @@ def main() -> None:
 
     tensors = {}
     same: dict[str, str] = {}
-    first: dict[Any, str] = {}  # where a content is stored
+    first: dict[Any, str] = {}  # the name under which a content is stored
     for check in CHECKS:
         if check.record != RECORDED:
             continue

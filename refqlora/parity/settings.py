@@ -1,4 +1,4 @@
-"""What is held against the libraries: the architectures, the adapters, their sizes, and how both sides are trained."""
+"""What is compared with the libraries: architectures, adapters and sizes, and how both sides are trained."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-# Name: transformers' config class, and what is set beside `sizes`. A window shorter than the text and softcaps near
-# the scores' size, so that leaving one out shows.
+# {name: (transformers' config class, fields besides `sizes`)}. Windows are shorter than the text and softcaps as large
+# as the scores, so that a missing one is noticed.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-3-rope": (
         "LlamaConfig",
         {
-            "rope_parameters": {  # wavelengths on either side of both bounds, and between them
+            "rope_parameters": {  # there are wavelengths below, between and above the bounds
                 "rope_type": "llama3",
                 "rope_theta": 100.0,
                 "factor": 4.0,
@@ -39,7 +39,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
 
-# Name: fields of PEFT's LoraConfig. "adapters" of every architecture are LORA.
+# {name: fields of PEFT's LoraConfig}; every architecture is checked with LORA.
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 7, "target_modules": "all-linear"}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "rslora": LORA | {"use_rslora": True},
@@ -54,7 +54,7 @@ B, T = 4, 11  # sequences and tokens of a batch
 
 
 def sizes(weights: int, config: str = "LlamaConfig") -> dict[str, Any]:
-    """Of a model of two layers and about this many weights; no two are equal."""
+    """The sizes, all different, of a model of two layers with about this many weights."""
     d = 12 * max(2, round((weights / 25) ** 0.5 / 12))
     common = {
         "vocab_size": d + 13,
@@ -73,8 +73,8 @@ def sizes(weights: int, config: str = "LlamaConfig") -> dict[str, Any]:
     return common | {"head_dim": d // 6 // 2 * 2 + 6}  # not hidden_size / heads
 
 
-# Every in_features a multiple of 64: with others bitsandbytes may be wrong on a CPU with AVX512.
 def sizes_4bit(weights: int) -> dict[str, Any]:
+    """The same with every in_features a multiple of 64: otherwise bitsandbytes may be wrong on a CPU with AVX512."""
     d = 64 * max(1, round((weights / 30) ** 0.5 / 64))
     return sizes(weights) | {
         "vocab_size": 37,
@@ -86,18 +86,17 @@ def sizes_4bit(weights: int) -> dict[str, Any]:
     }
 
 
-# AdamW divides each gradient by its own size. With the usual eps, 1e-8, a parameter whose gradient is rounding
-# noise goes either way by a whole learning rate, rightly on both sides, and takes the others along. With an eps
-# of about the clipped gradients' own size a step is a smooth function of the gradient, and all can be held
-# against each other. The learning rate is so large that the adapters move by about their own size: then a
-# tensor's largest element is a fair measure of an error in the update, too.
+# AdamW divides each gradient by its own size. With the usual eps, 1e-8, a parameter whose gradient is rounding noise
+# moves by a full learning rate in either direction, and changes all others. With an eps about as large as the clipped
+# gradients a step is a smooth function of the gradient, and both sides can be compared. The learning rate is so large
+# that adapters move by about their own size, so that an error in the update is large relative to a tensor's elements.
 STEP: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-2, "weight_decay": 0.1}
 MAX_NORM = 0.2
 STEPS = 20
 
 
 def batch(seed: int = 0, vocabulary: int = 37, shape: tuple[int, int] = (B, T)) -> tuple[np.ndarray, np.ndarray]:
-    """tokens (B, T), and labels (B, T) as transformers takes them: not shifted. Some rows' starts do not count."""
+    """tokens (B, T), and labels (B, T) as transformers takes them: not shifted. In some rows the first do not count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, shape)
     labels = tokens.copy()
@@ -107,5 +106,5 @@ def batch(seed: int = 0, vocabulary: int = 37, shape: tuple[int, int] = (B, T)) 
 
 
 def shifted(labels: np.ndarray) -> np.ndarray:
-    """labels as refqlora takes them: the token that each position must predict."""
+    """The labels as refqlora takes them: the token that each position must predict."""
     return np.concatenate([labels[:, 1:], np.full((len(labels), 1), -100)], axis=1)

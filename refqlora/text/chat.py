@@ -1,7 +1,7 @@
-"""Chat templates: messages into the text that a model was trained to see, and what of it the assistant says.
+"""Chat templates: messages into the text that a model was trained to see, and the parts that the assistant says.
 
-A template is a Jinja program that comes with the tokenizer, and is rendered as transformers' apply_chat_template
-renders it. A tokenizer without one gets the plain format, `PLAIN`, a template like any other.
+A template is a Jinja program that comes with the tokenizer; it is rendered as transformers' apply_chat_template renders
+it. A tokenizer without one gets the plain format, `PLAIN`, which is a template too.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ PLAIN = (
 PROBE = "4f1c9d"  # a text that nobody says
 USUAL = ("system", "user", "assistant")  # the roles that every template knows
 
-Message = Mapping[str, Any]  # {"role": text, "content": text}, and what else the template reads
+Message = Mapping[str, Any]  # {"role": text, "content": text}, and other keys that the template reads
 
 
 class ChatTemplate:
     """A chat template, ready to be rendered.
 
     source: the Jinja text. tokens: the special tokens' texts under the names that templates use, such as bos_token.
-    eos: the text of the token that ends a text, for answers that the template ends with nothing. where: the file that
-    it is from, for errors. Raises ValueError for a template that cannot be compiled, and one that takes more time or
-    memory than chat_jinja.py allows.
+    eos: the text of the token that ends a text, put after answers if the template puts nothing. where: the template's
+    file, for errors. Raises ValueError for a template that cannot be compiled, or that takes more time or memory than
+    chat_jinja.py allows.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], eos: str = "", where: str = "messages") -> None:
@@ -57,44 +57,44 @@ class ChatTemplate:
             self._template = self._sandbox.compiled(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{where}: line {error.lineno} of the chat template: {error.message}"[:300]) from None
-        except Exception as error:  # of Python's compiler, to which Jinja hands the template
+        except Exception as error:  # Jinja passes the template to Python's compiler, which may raise anything
             raise ValueError(f"{where}: the chat template cannot be compiled: {_in_one_line(error)}") from None
 
     def reads(self, key: str) -> bool:
-        """Whether the template names this key of messages, or seems to."""
+        """Whether the template seems to read this key of messages: its name is in the source."""
         return re.search(rf"\b{re.escape(key)}\b", self.source) is not None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of `messages`, and with add_generation_prompt the beginning of an answer.
+        """The text of `messages`, followed by the beginning of an answer if add_generation_prompt is true.
 
-        Equal to transformers' apply_chat_template(tokenize=False). Special tokens are part of the text, a first one
-        too, so it is tokenized without adding any. Raises ValueError with what the template objects to.
+        Equal to transformers' apply_chat_template(tokenize=False). The text contains all its special tokens, so it is
+        tokenized without adding any. Raises ValueError if the template refuses the messages.
         """
         return self._render(messages, add_generation_prompt, marking=False)
 
     def examples(self, messages: Sequence[Message]) -> tuple[Marked, ...]:
-        """`messages` as texts to learn from, in which each answer, what the assistant says, counts once.
+        """`messages` as texts to learn from, in which each answer of the assistant counts once.
 
-        One text, if the template has {% generation %} marks, which then say what counts, or writes an answer the same
-        whatever follows. Otherwise an answer is what the messages up to it have more than those before it with the
-        generation prompt: its words, and what the template ends them with, white space aside. If that is nothing, the
-        last answer ends with `eos`. Some templates write an answer otherwise once more has been said, leaving out its
-        thoughts: such an answer gets a text of its own, which ends with it, so that every answer is learnt as it
-        will be when it is generated. What follows the last answer is left out, and an empty answer does not count.
+        If the template has {% generation %} marks, there is one text, and the marked parts count. Otherwise an answer
+        is found by rendering the messages before it, with the generation prompt, and the messages up to it: what the
+        second text adds to the first is the answer, with the template's end of a message but without white space. If
+        the template has no such end, `eos` ends the last answer. Some templates drop an answer's thoughts as soon as
+        another message follows: then the answer gets a text of its own that ends with it, so that every answer is
+        learnt as it is generated. Messages after the last answer are left out, and empty answers do not count.
 
         Raises ValueError if the assistant says nothing, if the template refuses the messages or leaves out a role that
-        it does not know, and if it writes an answer otherwise than its generation prompt begins one.
+        it does not know, and if it begins an answer differently from its generation prompt.
         """
         said = (m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages)
         answers = [i for i, answer in enumerate(said) if answer]
         if not answers:
             roles = ", ".join(dict.fromkeys(m["role"] for m in messages))[:80] or "none"
-            raise ValueError(f"expected something said by the assistant, got nothing (roles: {roles})")
+            raise ValueError(f"expected a message of the assistant that is not empty, got none (roles: {roles})")
         self._check_roles(messages[: answers[-1] + 1])
         if self.marks:
             marked = _unmarked(self._render(messages[: answers[-1] + 1], marking=True))
             if not marked.spans:
-                raise ValueError(f"{self.where}: the template's {{% generation %}} marks nothing in these messages")
+                raise ValueError(f"{self.where}: the chat template's {{% generation %}} marks nothing in the messages")
             return (marked,)
         texts: list[Marked] = []
         for i in reversed(answers):
@@ -111,7 +111,7 @@ class ChatTemplate:
         return tuple(reversed(texts))
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
-        """Raise ValueError for a role such as "tool" whose messages the template leaves out."""
+        """Raise ValueError for a role, such as "tool", whose messages the template leaves out."""
         for i, message in enumerate(messages):
             if message["role"] not in USUAL:
                 probed = [*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]
@@ -121,20 +121,20 @@ class ChatTemplate:
                     )
 
     def end(self, messages: Sequence[Message]) -> str:
-        """What the template writes after an answer to `messages`, white space aside: "<|im_end|>", or nothing."""
+        """What the template writes after an answer to `messages`, such as "<|im_end|>"; "" if only white space."""
         return self._ending(messages)[0]
 
     def _ending(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """What ends an answer to `messages`, and what the template writes after that if nothing follows.
+        """What ends every answer to `messages`, and all that the template writes after the last one.
 
-        The end is what there is after the last answer and after one before a question: some templates end the last
-        with the end of the whole text too.
+        The first is what follows both a last answer and one before a question: some templates put the end of the whole
+        text after the last answer.
         """
         talk = [*messages, {"role": "assistant", "content": PROBE}]
         last = self.render(talk).rpartition(PROBE)[2]
         other = self.render([*talk, {"role": "user", "content": "?"}]).rpartition(PROBE)[2]
         n = shared_prefix(last, other)
-        for token in filter(None, self.tokens.values()):  # of which no part is shared: "<" of "</s>" and "<|user|>"
+        for token in filter(None, self.tokens.values()):  # cut no token in two: "</s>" and "<|user|>" share a "<"
             n = min([k for k in range(max(0, n - len(token) + 1), n) if last.startswith(token, k)], default=n)
         return (last[:n].strip(), last[n:]) if last[:n].strip() else ("", "")
 
@@ -147,19 +147,19 @@ class ChatTemplate:
         self._sandbox.begin()
         try:
             return self._template.render(variables)
-        except Exception as error:  # a template is a program, and can fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 
 
 def _difference(before: str, after: str) -> str:
-    """How an answer's text fails to go on from the text with the generation prompt."""
+    """Why the text with the answer, `after`, does not continue the text with the generation prompt, `before`."""
     if after == before:
         return "the chat template leaves this answer out"
     n = shared_prefix(before, after)
     return (
-        f"the chat template begins this answer with {after[n : n + 20]!r} where its generation prompt has "
-        f"{before[n : n + 20]!r}: what the assistant says cannot be told from the rest, unless the template marks it "
-        "with {% generation %}"
+        f"the chat template begins this answer with {after[n : n + 20]!r}, but its generation prompt has "
+        f"{before[n : n + 20]!r}: the answer cannot be told from the rest, unless the template marks it with "
+        "{% generation %}"
     )
 
 
@@ -168,11 +168,11 @@ def _in_one_line(error: Exception) -> str:
 
 
 def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int | None) -> ChatTemplate:
-    """The chat template that comes with the tokenizer in `directory`, or else the plain format.
+    """The chat template of the tokenizer in `directory`; the plain format if it has none.
 
-    It is looked for where transformers looks: chat_template.jinja and additional_chat_templates/NAME.jinja, or else
-    "chat_template" in tokenizer_config.json, a template or a list of named ones; of several, default is meant.
-    Raises ValueError if there is none of that name, or a file cannot be read.
+    As in transformers, the template is in chat_template.jinja or additional_chat_templates/NAME.jinja, or else under
+    "chat_template" in tokenizer_config.json: one template, or a list of named ones, of which "default" is used.
+    Raises ValueError if several are named but none is "default", and for a file that cannot be read.
     """
     directory = Path(directory)
     path = directory / "tokenizer_config.json"
@@ -183,12 +183,12 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer, eos_id: int 
     if templates:
         if "default" not in templates:
             raise ValueError(
-                f"{directory}: no chat template is named default; there are: {', '.join(sorted(templates))[:200]}"
+                f"{directory}: expected a chat template named default, got {', '.join(sorted(templates))[:200]}"
             )
         text, path = templates["default"]
         return ChatTemplate(text, _special_tokens(directory, config), eos if readable else "", str(path))
     if eos and not readable:
-        raise ValueError(f"{directory}: the tokenizer does not read {eos[:40]!r}, the end of a text, as one token")
+        raise ValueError(f"{directory}: the tokenizer reads {eos[:40]!r}, which ends a text, as several tokens")
     sample = encode(tokenizer, "a")
     first = next(i for i, special in enumerate([*sample.special_tokens_mask, 0]) if not special)
     return ChatTemplate(PLAIN, {"beginning": "".join(sample.tokens[:first]), "eos_token": eos}, eos)
@@ -208,7 +208,7 @@ def _template_files(directory: Path) -> dict[str, tuple[str, Path]]:
 
 
 def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """tokenizer_config.json's chat templates by their names."""
+    """The chat templates in tokenizer_config.json, by name."""
     given = config.get("chat_template") or []
     named = {"default": given} if isinstance(given, str) else given
     listed = [{"name": n, "template": t} for n, t in named.items()] if isinstance(named, dict) else named
@@ -223,10 +223,10 @@ def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a template may name: bos_token, eos_token and the like."""
+    """The special tokens that a template may use: bos_token, eos_token and so on."""
     given = dict(config)
     if "added_tokens_decoder" not in config and (directory / "special_tokens_map.json").is_file():
-        given |= read_json(directory / "special_tokens_map.json")  # as older writers left it
+        given |= read_json(directory / "special_tokens_map.json")  # older versions stored them there
     extra = given.get("extra_special_tokens")
     extra = extra if isinstance(extra, dict) else {}
     tokens = {}
@@ -238,7 +238,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
 
 
 def _unmarked(rendered: str) -> Marked:
-    """The text without the marks, and the spans that were between them."""
+    """The text without the marks, and the spans that the marks enclosed."""
     from .chat_jinja import END, START
 
     text, spans, starts = "", [], []

@@ -1,7 +1,7 @@
-"""The Jinja that chat templates are written in: a sandbox with transformers' functions and its generation blocks.
+"""The Jinja that chat templates are written in: a sandbox with transformers' functions and generation blocks.
 
-A template is a program that comes with a model, from whoever made it. The sandbox keeps it from the interpreter, and
-bounds its time and memory: every loop, call, filter, operator and piece of output passes through `check`.
+A template is a program by whoever made the model. The sandbox keeps it away from the interpreter and bounds its time
+and memory: every loop, call, filter, operator and piece of output passes through `check`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from jinja2.visitor import NodeTransformer
 
 START, END = "\0generation\1", "\0endgeneration\1"
 MAX_SOURCE = 100_000  # characters of a template: the longest of well-known models have some 30,000
-MAX_SIZE = 10_000_000  # characters of any value, where an element counts as ten, and of all that a template writes
+MAX_SIZE = 10_000_000  # characters of any value (a list's element counts as ten), and of all output
 MAX_BITS = 10_000  # of a whole number
-SECONDS = 10.0  # that a template may take
+SECONDS = 10.0  # for rendering
 
-# Filters and methods of text whose result may be as large as their arguments multiplied, a number counting as itself.
+# Filters and methods of text whose result may be as large as the product of the sizes of their arguments.
 _MULTIPLY = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "tojson"}
 _MULTIPLY |= {"translate", "wordwrap", "zfill"}
 
 
 class _Generation(Extension):
-    """{% generation %}...{% endgeneration %} around what the assistant says: its text alone, or marked."""
+    """{% generation %}...{% endgeneration %}: the text in between, marked with START and END if `marking` is on."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -48,10 +48,10 @@ class _Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers gives a template to work with (utils/chat_template_utils.py), and no more.
+    """The functions that transformers gives a template (utils/chat_template_utils.py), and no others.
 
-    marking: write START and END around what a template puts between {% generation %} and {% endgeneration %}.
-    Raises jinja2.TemplateError where a template takes or makes too much.
+    marking: write START and END around the text in {% generation %} blocks. Raises jinja2.TemplateError if a template
+    takes too long or makes too large a value.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -61,7 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.marking = False
         self.begin()
         self.filters["tojson"] = _tojson
-        for name in ("pprint", "urlize"):  # slow on what is large, and not for models
+        for name in ("pprint", "urlize"):  # slow on large values, and of no use in a chat
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
@@ -69,18 +69,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
     def begin(self) -> None:
-        """Set the clock and the count of what is written to zero."""
+        """Reset the clock and the count of characters written."""
         self._deadline, self._written = time.monotonic() + SECONDS, 0
 
     def compiled(self, source: str) -> jinja2.Template:
-        """The template, in which every loop, literal and piece of output asks the sandbox."""
+        """The template, with every loop, literal and piece of output checked by the sandbox."""
         if len(source) > MAX_SOURCE:
             raise jinja2.TemplateError(f"expected at most {MAX_SOURCE:,} characters, got {len(source):,}")
         self.begin()
         return self.from_string(_Asking().visit(self.parse(source)))
 
     def check(self, value: Any) -> Any:
-        """`value` itself, unless it is too large or the time is up."""
+        """Return `value`; raise if it is too large or the time is up."""
         if time.monotonic() > self._deadline:
             raise jinja2.TemplateError(f"it takes more than {SECONDS:.0f} seconds")
         if isinstance(value, int):
@@ -123,12 +123,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.check(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """str.format and str.format_map, for which Jinja's sandbox has functions of its own."""
+        """str.format and str.format_map, which Jinja's sandbox replaces by its own functions."""
         function = super().wrap_str_format(value)
         return None if function is None else self._bounded("str.format", function, value.__self__)
 
     def _bounded(self, name: str, function: Callable[..., Any], *owner: Any) -> Callable[..., Any]:
-        skip = 1 if hasattr(function, "jinja_pass_arg") else 0  # it is given the environment or the context first
+        skip = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja passes it the environment or context first
 
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -138,11 +138,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _predict(self, name: str, *args: Any) -> None:
-        """Refuse what would be too large before it is made."""
+        """Raise before a result is computed that would be too large."""
         if name in _MULTIPLY:
             sizes = [abs(x) if isinstance(x, int) else _size(x) for x in args]
             too_large = math.prod(max(1, size) for size in sizes) > 10 * MAX_SIZE
-        elif name == "round":  # by 10 to this power
+        elif name == "round":  # it computes 10 to the power of its argument
             too_large = any(isinstance(x, int) and abs(x) > 1000 for x in args[1:])
         elif name in ("%", "format"):
             too_large = re.search(r"%[^%a-zA-Z]*(\d{5}|\*)", str(args[0])) is not None
@@ -159,7 +159,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Asking(NodeTransformer):
-    """Puts calls of the sandbox into a template where Jinja's own code would not ask it."""
+    """Adds calls of the sandbox to a template where Jinja's own code would not call it."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -187,7 +187,7 @@ def _asked(method: str, args: list[Any], node: nodes.Node) -> nodes.Expr:
 
 
 def _size(value: Any) -> int:
-    """The characters of a value, those within its elements included, until there are too many; an element has ten."""
+    """The characters in a value and its elements, plus ten for each element; stops above MAX_SIZE."""
     size, rest = 0, [value]
     while rest and size <= MAX_SIZE:
         x = rest.pop()
@@ -209,7 +209,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes what HTML would, this does not."""
+    """json.dumps; Jinja's own filter escapes characters for HTML too."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,8 +1,8 @@
 """Text for experiments without a download: the running Python's own standard library.
 
 Three domains: the library's source files (`modules`), its functions and the first lines of their docstrings
-(`docstring_examples`), and the language reference behind `help()` (`language_reference`). Each is divided
-into training and held-out text by the CRC-32 of a name, so that every Python on every machine divides alike.
+(`docstring_examples`), and the language reference behind `help()` (`language_reference`). Each is divided into
+training and held-out text by the CRC-32 of names, so that the division is the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 
 from .examples import Document, Example
 
-# Tests, tables, and packages that newer Pythons lack; pydoc_data is `language_reference`.
+# Tests, tables, packages that newer Pythons lack, and pydoc_data, the text of `language_reference`.
 LEFT_OUT = {"distutils", "encodings", "lib2to3", "pydoc_data", "test", "turtledemo"}
 
-# A module on the left has passages of the one on the right, in this Python or another: both share its side.
+# In some Python version the module on the left shares passages with the one on the right: keep both on one side.
 GOES_WITH = {"_py_warnings": "warnings", "abc": "_py_abc", "dis": "ast", "wsgiref": "http"}
 
 _TABLE_ROW = re.compile(r"""\s*["'\d\[({-].*,\s*(#.*)?""")  # a literal, or a tuple of them, and a comma
@@ -33,10 +33,10 @@ _TABLE_ROW = re.compile(r"""\s*["'\d\[({-].*,\s*(#.*)?""")  # a literal, or a tu
 def modules(held_out: bool) -> list[Document]:
     """The standard library's .py files, sorted by dotted name; about one module in twelve is held out.
 
-    A package is held out whole or not at all. Tests are left out, as are the packages distutils and lib2to3,
-    which newer Pythons lack, and files that are mostly data: half of their lines or more are rows of a table.
+    All of a package is on the same side. Tests are left out, as are packages that newer Pythons lack, and files of
+    data: at least half of their lines are rows of a table.
 
-    Raises FileNotFoundError if this Python keeps its library without sources (zipped or stripped).
+    Raises FileNotFoundError if this Python's library has no sources (zipped or stripped).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     library = sorted(_library(root))
@@ -48,10 +48,9 @@ def modules(held_out: bool) -> list[Document]:
 def docstring_examples(held_out: bool) -> list[Example]:
     """Functions and methods of the library: signatures as prompts, first lines of docstrings as completions.
 
-    A prompt is `def name(...):` as in the source, but dedented and without comments, and a newline; its
-    completion is four spaces, the line in triple quotes, and a newline. Signatures have at most 200
-    characters, lines are ASCII, of 10 to 100 characters that need no escapes. A pair is there once, and no
-    held-out prompt is also a training prompt.
+    A prompt is `def name(...):` as in the source, but dedented and without comments, and a newline; its completion is
+    four spaces, the line in triple quotes, and a newline. Signatures have at most 200 characters; lines have 10 to 100
+    characters of ASCII that need no escapes. Each pair appears once, and no held-out prompt is also a training prompt.
 
     Raises FileNotFoundError as `modules` does.
     """
@@ -66,15 +65,15 @@ def docstring_examples(held_out: bool) -> list[Example]:
 def language_reference(held_out: bool) -> list[Document]:
     """The language reference's topics as `help()` shows them, sorted by name; about one in ten is held out.
 
-    Some topics are passages of longer ones: a topic that repeats a paragraph of a longer one is left out, so
-    that no paragraph of 60 characters or more is on both sides.
+    A topic that repeats a paragraph of a longer topic is left out, so that no paragraph of 60 characters or more is on
+    both sides.
 
-    Raises ModuleNotFoundError if this Python comes without `pydoc_data`.
+    Raises ModuleNotFoundError if this Python lacks `pydoc_data`.
     """
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("this Python comes without pydoc_data, the text behind help()") from error
+        raise ModuleNotFoundError("this Python lacks pydoc_data, the text behind help()") from error
     kept, seen = [], set[str]()
     for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
         paragraphs = {words for p in text.split("\n\n") if len(words := " ".join(p.split())) >= 60}
@@ -91,7 +90,7 @@ def _is_held_out(module: str) -> bool:
 
 def _library(root: Path) -> Iterator[Document]:
     """Every source file under `root` that belongs to the corpus, named by its module."""
-    for top in sys.stdlib_module_names - LEFT_OUT:  # others put files there, too
+    for top in sys.stdlib_module_names - LEFT_OUT:  # the directory may contain other files too
         for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             if any(part in ("test", "tests") or part.endswith(("_test", "_tests")) for part in parts):
@@ -110,7 +109,7 @@ def _documented_functions(documents: list[Document]) -> list[Example]:
     return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
 
 
-@functools.cache  # parsing the whole library takes seconds, and both parts are asked for
+@functools.cache  # parsing the library takes seconds, and held-out examples need the training ones too
 def _examples(source: str) -> tuple[Example, ...]:
     """The examples in one file, in its order."""
     examples = []
@@ -132,7 +131,7 @@ def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
-        if not isinstance(child, ast.expr):  # there are no functions in an expression, but most of the nodes
+        if not isinstance(child, ast.expr):  # expressions contain most of the nodes, but no functions
             yield from _functions(child)
 
 

@@ -1,4 +1,4 @@
-"""Training text from files as people have them: texts to be read whole, and examples in JSON in the usual spellings."""
+"""Training text from people's files: whole texts, and examples in JSON in the usual spellings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .chat import ChatTemplate, Message
 
-# How examples are spelt: the keys that each must have, and those that it may have. The first kind that fits is taken.
+# The spellings of examples: required keys, optional keys. The first one that fits is used.
 KINDS = (
     (("messages",), ()),
     (("conversations",), ("system",)),  # ShareGPT's
@@ -33,23 +33,23 @@ ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; all others ar
 def read_data(
     path: str | Path, template: ChatTemplate, say: Callable[[str], object] = lambda line: None
 ) -> list[Document] | list[Example | Conversation]:
-    """What is to be learnt from `path`: texts, or examples from a .jsonl or .json file.
+    """The texts at `path`, or the examples in a .jsonl or .json file.
 
-    Texts: a UTF-8 file, or all files in and below a directory, sorted by path; hidden files are skipped, and of a
-    directory also those that are empty or not text. Examples: a JSON object on each line, or an array of them:
+    Texts: a UTF-8 file, or all files in and below a directory, sorted by path, without those that are hidden, empty or
+    not text. Examples: a JSON object on each line, or an array of them:
 
-        {"prompt": ..., "completion": ...}                  the prompt as it is, and what follows it
-        {"messages": [{"role": ..., "content": ...}, ...]}  a conversation, as `template` writes it
+        {"prompt": ..., "completion": ...}                  a text, and its continuation
+        {"messages": [{"role": ..., "content": ...}, ...]}  a conversation, written by `template`
         {"conversations": [{"from": "human", "value": ...}, ...]}  the same, as ShareGPT spells it
         {"instruction": ..., "input": ..., "output": ...}   one question and answer, as Alpaca spells it
         {"text": ...}                                       a document
 
-    Content may be text or a list of parts of type "text". Roles are for the template to know. `say` is told in a line
-    what was recognised, what was skipped, and which keys are ignored.
+    Content may be text or a list of parts of type "text". The template decides which roles exist. `say` is called with
+    a line on what was recognised, what was skipped, and which keys are ignored.
 
     Raises FileNotFoundError if there is no file, and ValueError that names the file and the line (or the number in the
-    array) of what cannot be used: an empty completion, a conversation in which the assistant says nothing or that the
-    template refuses.
+    array) of an example that cannot be used: its completion is empty, the assistant says nothing, or the template
+    refuses it.
     """
     path = Path(path)
     if not path.exists():
@@ -69,9 +69,9 @@ def read_dataset(
     seed: int,
     say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Dataset, Dataset]:
-    """(training, held-out) from what `read_data` finds: examples, or texts cut into blocks of `max_length` tokens.
+    """(training, held-out) from `read_data`: examples, or texts cut into blocks of `max_length` tokens.
 
-    held_out: the fraction that is held out; 0 holds out nothing. Raises what `read_data`, `split`, `pack` and
+    held_out: the fraction that is held out, 0 for none. Raises what `read_data`, `split`, `pack` and
     `tokenize_examples` raise.
     """
     return datasets(read_data(path, template, say), tokenizer, eos_id, max_length, held_out, seed)
@@ -104,12 +104,12 @@ def _read_texts(path: Path, say: Callable[[str], object]) -> list[Document]:
     names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
-        raise FileNotFoundError(f"{path}: neither a file nor a directory with files that are not hidden")
+        raise FileNotFoundError(f"{path}: expected a file, or a directory with files that are not hidden")
     documents, skipped = [], []
     for name in names:
         try:
             if name.suffix == ".jsonl":
-                raise ValueError(f"{path / name}: not text but examples: give the file itself")
+                raise ValueError(f"{path / name}: expected text, got examples: give the file itself")
             documents.append(Document(name.as_posix(), _read_text(path / name)))
         except ValueError as error:
             skipped.append(error)
@@ -127,7 +127,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: byte offset {error.start}: {error.reason}") from None
     if "\0" in text:
-        raise ValueError(f"{path}: not text: it has bytes of 0")
+        raise ValueError(f"{path}: not text: it contains zero bytes")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     return text
@@ -148,7 +148,7 @@ def _read_examples(
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         kinds[keys] += 1
-        if not isinstance(example, Document) or example.text.strip():  # an empty row is nobody's mistake
+        if not isinstance(example, Document) or example.text.strip():  # tables may have empty rows
             found.append(example)
     if not found:
         raise ValueError(f"{path}: expected an example on each line, or an array of them, got none")
@@ -160,42 +160,34 @@ def _read_examples(
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """The JSON values on the lines of a file, or in the array that it is, each with the place that it stands at."""
+    """(place, JSON value) of each line of a file, or of each element if the file is an array."""
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if data.lstrip().startswith(b"["):
-        try:
-            values = _parse(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        yield from ((f"{path}[{i}]", value) for i, value in enumerate(values))
+        yield from ((f"{path}[{i}]", value) for i, value in enumerate(_parse(data, str(path))))
         return
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            try:
-                value = _parse(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            yield f"{path}:{number}", value
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
 
 
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"expected a JSON object on each line, or an array of them, got broken JSON: {error}"
+            f"{where}: expected a JSON object on each line, or an array of them, got broken JSON: {error}"
         ) from None
 
 
 def _example(
     value: Any, where: str, template: ChatTemplate, ignored: set[str]
 ) -> tuple[tuple[str, ...], Document | Example | Conversation]:
-    """The keys that were used, and what is to be learnt; the names of other keys go to `ignored`."""
+    """The keys that were used, and the document, example or conversation; other keys are added to `ignored`."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    given = {key: x for key, x in value.items() if x is not None}  # tables have a null where a row lacks a column
+    given = {key: x for key, x in value.items() if x is not None}  # tables fill missing columns with null
     kind = next((kind for kind in KINDS if given.keys() >= set(kind[0])), None)
     if kind is None:
         kinds = " or ".join(", ".join(needed) for needed, _ in KINDS)
@@ -223,7 +215,7 @@ def _example(
 
 
 def _message(value: Any, where: str, template: ChatTemplate, ignored: set[str]) -> Message:
-    """A message as templates want it: role, content as text, and whatever other key this template reads."""
+    """A message as templates expect it: role, content as text, and the other keys that this template reads."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with role and content, got {type(value).__name__}")
     message = dict(value)
@@ -242,7 +234,7 @@ def _message(value: Any, where: str, template: ChatTemplate, ignored: set[str]) 
 
 
 def _text(value: Any, where: str) -> str:
-    """`value`, text or a list of parts that are text, as one text."""
+    """`value`, a text or a list of parts of text, as one text."""
     for i, part in enumerate(value if isinstance(value, list) else ()):
         if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"):
             kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__

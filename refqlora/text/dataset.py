@@ -17,15 +17,15 @@ import numpy as np
 from ..functional import IGNORE
 
 T = TypeVar("T")
-PAD = 0  # any token will do: it stands right of all that counts, where causal attention cannot see it
+PAD = 0  # any token will do: padding is on the right, where causal attention does not look
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """n sequences of tokens with their labels, of one length or of many.
+    """n sequences of tokens with their labels, of equal or different lengths.
 
-    tokens, labels: n of each, (T_i,) int32; a label is the next token, or -100 where none counts.
-    token_bytes: see the function. truncated: how many examples were cut to fit, before any split.
+    tokens, labels: n of each, (T_i,) int32; a label is the next token, or -100 if it does not count.
+    token_bytes: see tokenizer.token_bytes. truncated: how many examples were cut to fit, before any split.
     """
 
     tokens: Sequence[np.ndarray]
@@ -43,7 +43,7 @@ class Dataset:
 
     @property
     def counted_bytes(self) -> int:
-        """The bytes they stand for; bits per byte = loss * counted_tokens / (ln 2 * counted_bytes)."""
+        """The bytes of the labels that count; bits per byte = loss * counted_tokens / (ln 2 * counted_bytes)."""
         return sum(int(self.token_bytes[labels[labels != IGNORE]].sum()) for labels in self.labels)
 
     @property
@@ -72,8 +72,8 @@ class Dataset:
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Which of n sequences make up the batch of `step` (from 0), (batch_size,) int64.
 
-    A pure function: a run resumed at a step goes on with the same data. Each epoch is a permutation drawn from (seed,
-    epoch); a batch that reaches the end of one goes on into the next.
+    A pure function, so that a resumed run continues with the same data. Each epoch is a permutation drawn from (seed,
+    epoch); a batch may reach into the next epoch.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // n, positions[-1] // n + 1)
@@ -86,12 +86,12 @@ def split(items: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]
 @overload
 def split(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]: ...
 def split(items: Sequence[Any] | Dataset, fraction: float, seed: int) -> tuple[Any, Any]:
-    """(training, held-out): `fraction` of the items, rounded, but at least one, is drawn and held out; none for 0.
+    """(training, held-out): `fraction` of the items, but at least one, is drawn at random and held out; 0 for none.
 
     Raises ValueError if nothing would be left to train on.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"the held-out fraction: expected 0 or more and less than 1, got {fraction}")
+        raise ValueError(f"held-out fraction: expected at least 0 and less than 1, got {fraction}")
     n_held_out = max(1, round(fraction * len(items))) if fraction else 0
     if n_held_out >= len(items):
         raise ValueError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def pack(documents: Sequence[Document], tokenizer: Tokenizer, block_size: int, eos_id: int) -> Dataset:
     """The documents one after another, `eos_id` after each, cut into blocks of `block_size` tokens.
 
-    All labels count; what is left over at the end is dropped. Raises ValueError if the text is too short.
+    All labels count; an incomplete last block is dropped. Raises ValueError if the text is too short for one block.
     """
     _check_length(block_size)
     encodings = encode_batch(tokenizer, [document.text for document in documents])
@@ -37,7 +37,7 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, block_size: int, e
 def pack_split(
     documents: Sequence[Document], tokenizer: Tokenizer, block_size: int, eos_id: int, fraction: float, seed: int
 ) -> tuple[Dataset, Dataset]:
-    """`pack` into (training, held-out): whole documents are held out if there are enough, else blocks."""
+    """`pack` into (training, held-out). Whole documents are held out if there are enough of them, else blocks."""
     if fraction * len(documents) >= 1:
         with suppress(ValueError):  # too short for a block
             training, held_out = (
@@ -50,12 +50,12 @@ def pack_split(
 def tokenize_examples(
     examples: Sequence[Example | Conversation], tokenizer: Tokenizer, max_length: int, eos_id: int
 ) -> Dataset:
-    """One sequence for each example, and one for each text of a conversation, which most often has one.
+    """One sequence for each example, and one for each text of a conversation (most have one).
 
-    An example is prompt, completion, `eos_id`; the labels of completion and `eos_id` count. A conversation's text is
-    tokenized whole; a token counts if any of its characters does, and what follows the last that counts is dropped.
-    A sequence of more than `max_length` tokens loses its beginning, so that the last completion or answer stays
-    whole; one that is too long by itself loses its end.
+    An example is prompt, completion, `eos_id`; the labels of completion and `eos_id` count. In a conversation's text a
+    token counts if any of its characters does, and what follows the last such token is dropped. A sequence of more
+    than `max_length` tokens loses its beginning, so that the last completion or answer stays complete; an answer that
+    is too long by itself loses its end.
     """
     _check_length(max_length)
     all_tokens, all_labels, truncated = [], [], 0
@@ -77,4 +77,4 @@ def tokenize_examples(
 
 def _check_length(length: int) -> None:
     if length < 2:
-        raise ValueError(f"the length of a sequence: expected 2 or more, got {length}: a token needs one before it")
+        raise ValueError(f"length of a sequence: expected 2 or more, got {length}: a token is predicted from others")

@@ -1,4 +1,4 @@
-"""What a model learns from: documents, examples of prompt and completion, conversations; and which tokens count."""
+"""What a model learns from (documents, prompts with completions, conversations), and which tokens count."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Document(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A prompt and the text that is to follow it; only the completion counts in the loss."""
+    """A prompt and its completion; only the completion counts in the loss."""
 
     prompt: str
     completion: str
 
     def tokenize(self, tokenizer: Tokenizer, eos_id: int) -> tuple[list[int], list[bool]]:
-        """The tokens of prompt, completion and `eos_id`, and which of them count: those of the last two.
+        """The tokens of prompt, completion and `eos_id`, and which of them count: all but the prompt's.
 
-        Prompt and completion are tokenized separately, so that the model meets the prompt as it will when it
-        generates; special tokens that the tokenizer puts before a text come before the prompt only.
+        Prompt and completion are tokenized separately, so that the prompt's tokens are the same as in generation;
+        special tokens that the tokenizer puts before a text come before the prompt only.
         """
         prompt = encode(tokenizer, self.prompt).ids
         completion = [*encode(tokenizer, self.completion, special_tokens=not prompt).ids, eos_id]
@@ -37,18 +37,18 @@ class Example(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A text, and the parts of it that count in the loss: (start, end) in characters, in their order."""
+    """A text, and the spans of it that count in the loss: (start, end) in characters, in order."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
     def tokenize(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        """The text's tokens up to the last that counts, and which of them do: those with a character that does.
+        """The text's tokens up to the last one that counts, and which of them count: those that overlap a span.
 
-        Special tokens are read where they stand in the text, and none is added. Raises ValueError if none counts.
+        Special tokens in the text are read as such, and none are added. Raises ValueError if no token counts.
         """
         encoding = encode(tokenizer, self.text, special_tokens=False)
-        begins, ends = np.array(encoding.offsets).reshape(-1, 2).T  # in characters; a part of a character has it all
+        begins, ends = np.array(encoding.offsets).reshape(-1, 2).T  # in characters, even for a part of one
         counts = np.zeros(len(begins), bool)
         for start, end in self.spans:
             at = np.flatnonzero((begins < end) & (ends > start))
@@ -61,6 +61,6 @@ class Marked(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Messages as a chat template writes them, most often in one text; the marked parts count in the loss."""
+    """Messages as a chat template writes them: mostly one text. The marked parts count in the loss."""
 
     texts: tuple[Marked, ...]

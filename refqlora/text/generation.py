@@ -1,4 +1,4 @@
-"""Generation: one token after the other, and text as soon as it is whole."""
+"""Generation: one token after another, and text as soon as its characters are complete."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def generate(
     cache: PrefixCache | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """The tokens that follow `prompt` (token ids, at least one), each as it is drawn: a generator.
+    """Yield the tokens that follow `prompt` (token ids, at least one), each as it is drawn.
 
-    It ends before one of the tokens `stop`, after `max_new_tokens`, and where the model's context does. sampling: the
-    fields of `Sampling`; greedy unless temperature is given. Each token costs one position, the keys and values of
-    those before it being cached; a `cache` that is given again also saves what the prompt shares with the text before.
+    Generation ends before one of the tokens `stop`, after `max_new_tokens`, or at the end of the model's context.
+    sampling: the fields of `Sampling`; greedy unless temperature is given. Keys and values are cached, so that each
+    token costs one position; a `cache` passed again also saves the beginning that the prompt shares with the last text.
 
     Raises ValueError for a prompt that is empty or leaves no room in the context, and for an option out of its range.
 
@@ -85,10 +85,10 @@ def _on_cpu(x: Array) -> np.ndarray:
 
 
 def complete(model: Model, prompt: str | Sequence[int], *, tokenizer: Tokenizer | None = None, **options: Any) -> str:
-    """`generate` from text to text: the continuation of `prompt`, which is not repeated.
+    """`generate` from text to text: the continuation of `prompt`, without the prompt.
 
-    tokenizer: the model's own unless given. options: those of `generate`, and `stop_strings`, texts before the first
-    of which it ends. Raises ValueError as `generate` does, and for a model that has no tokenizer.
+    tokenizer: by default the model's own. options: those of `generate`, and `stop_strings`: the text ends before the
+    first of these. Raises ValueError as `generate` does, and for a model without a tokenizer.
 
         rq.complete(model, "def area(", max_new_tokens=40)
     """
@@ -103,10 +103,9 @@ def stream(
     stop_strings: Collection[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """`complete` in pieces of text, each as soon as it is whole: a character may take several tokens.
+    """`complete` in pieces of text, each as soon as its characters are complete: one may take several tokens.
 
-    The text ends before the first of `stop_strings`, of which no part is given; special tokens are no text, and only
-    `stop` ends at one.
+    No part of a stop string is yielded. Special tokens are not text: to end at one, put it in `stop`.
     """
     tokenizer = tokenizer or model.tokenizer
     listed = isinstance(stop_strings, list | tuple | set | frozenset)
@@ -117,9 +116,9 @@ def stream(
 
 
 def _whole_characters(tokenizer: Tokenizer, prompt: Sequence[int], generated: Iterable[int]) -> Iterator[str]:
-    """The text of each token, held back until its last character is whole.
+    """The text of each token, held back until its last character is complete.
 
-    The prompt is decoded along and cut off: by itself, a continuation may lose the space that it begins with.
+    The prompt is decoded too and cut off: decoded alone, a continuation may lose the space that it begins with.
     """
     tokens = list(prompt)
     text = decode(tokenizer, tokens)
@@ -130,20 +129,20 @@ def _whole_characters(tokenizer: Tokenizer, prompt: Sequence[int], generated: It
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
-    yield text[shown:]  # a character that the end has cut
+    yield text[shown:]  # perhaps a character that is not complete
 
 
 def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
-    """The pieces of a text up to where one of `stops` is first complete, without any part of it.
+    """The pieces of a text up to the first of `stops` that is complete, without any part of it.
 
-    The end of a piece that may begin a stop string waits for the next. How the text is cut changes nothing.
+    The end of a piece is held back if it may begin a stop string. The result does not depend on how the text is cut.
     """
     held = ""
     for piece in pieces:
         held += piece
         found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
         if found:
-            yield held[: min(found)[1]]  # the first to be complete; of two at once, the longer
+            yield held[: min(found)[1]]  # the first that is complete; of two at once, the longer
             return
         waits = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         yield held[: len(held) - waits]
@@ -153,15 +152,13 @@ def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
 
 
 def generation_options(directory: str | Path) -> dict[str, Any]:
-    """What the model's generation_config.json asks for: `stop`, its end tokens, and fields of `Sampling`.
+    """The fields of `Sampling` in a model's generation_config.json (its end tokens are in `Config.ends`).
 
-    As transformers takes it: greedy unless do_sample is true; where it is, a temperature of 1 and a top_k of 50 stand
-    for those that are not given. Raises ValueError naming the file for a value that cannot be.
+    As in transformers, greedy unless do_sample is true; then the defaults are temperature 1 and top_k 50. Raises
+    ValueError naming the file for an invalid value.
     """
     given = read_generation_config(directory)
     options = {field.name: given[field.name] for field in fields(Sampling) if field.name in given}
-    if "eos_token_id" in given:
-        options["stop"] = given["eos_token_id"]
     if given.get("do_sample"):
         return {"temperature": 1.0, "top_k": 50, **options}
     return {**options, "temperature": 0.0}

@@ -28,14 +28,14 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The fields mean what they mean to transformers' `generate`, and act in this order.
+    """How the next token is drawn. The fields mean what they mean in transformers' `generate`, and act in this order.
 
-    repetition_penalty: logits of tokens that are in the text already, the prompt included, are divided by it where
-    positive and multiplied where negative (Keskar et al. 2019, section 4.1); 1 does nothing.
-    temperature: logits are divided by it; 0 takes the most probable token (greedy), and what follows does nothing.
-    top_k: only the k most probable tokens are kept, and those tied with the last of them; 0 keeps all.
-    top_p: only the fewest tokens whose probabilities reach it (Holtzman et al. 2020); of tied ones, the later.
-    min_p: only tokens at least this times as probable as the most probable one (Nguyen et al. 2024).
+    repetition_penalty: the logits of tokens in the text so far, including the prompt, are divided by it if positive
+    and multiplied by it if negative (Keskar et al. 2019, section 4.1); 1 does nothing.
+    temperature: logits are divided by it; 0 takes the most probable token (greedy), and the fields below do nothing.
+    top_k: keep the k most probable tokens and those tied with the last of them; 0 keeps all.
+    top_p: keep the fewest tokens whose probabilities add up to it (Holtzman et al. 2020); of tied ones, the later.
+    min_p: keep tokens at least min_p times as probable as the most probable one (Nguyen et al. 2024).
 
     Raises ValueError for a value out of its range.
     """
@@ -51,11 +51,11 @@ class Sampling:
             check(name, getattr(self, name), rule)
 
     def probabilities(self, logits: np.ndarray, seen: Collection[int] = ()) -> np.ndarray:
-        """logits (V,), and the tokens of the text so far -> what the next token is drawn from, (V,) float64.
+        """logits (V,) and the tokens of the text so far -> the next token's distribution, (V,) float64.
 
-        Equal to the softmax of what transformers' logits processors leave, but for which of several tied tokens top_p
-        cuts: torch's sort leaves that open. All on one token where temperature is 0. Raises ValueError if a logit is
-        NaN, or the greatest is infinite.
+        Equal to the softmax after transformers' logits processors, except for which of several tied tokens top_p
+        removes: torch's sort leaves that open. With temperature 0 one token has probability 1. Raises ValueError if a
+        logit is NaN, or the greatest is infinite.
         """
         scores = np.array(logits, np.float64)  # (V,), a copy
         if seen and self.repetition_penalty != 1:
@@ -70,14 +70,14 @@ class Sampling:
             p = np.zeros_like(scores)
             p[scores.argmax()] = 1
             return p
-        with np.errstate(over="ignore"):  # to -inf, which is right
-            scores = (scores - top) / self.temperature  # a softmax does not see the shift
+        with np.errstate(over="ignore"):  # -inf is right
+            scores = (scores - top) / self.temperature  # the shift does not change the softmax
         if 0 < self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
         if self.top_p < 1:
             rising = np.argsort(scores, kind="stable")
-            below = np.cumsum(_softmax(scores[rising])) <= 1 - self.top_p  # the least probable, which sum to no more
-            below[-1] = False  # one always stays
+            below = np.cumsum(_softmax(scores[rising])) <= 1 - self.top_p  # the least probable tokens
+            below[-1] = False  # keep at least one
             scores[rising[below]] = -np.inf
         p = _softmax(scores)
         if self.min_p > 0:
@@ -86,7 +86,7 @@ class Sampling:
         return p
 
     def draw(self, logits: np.ndarray, rng: np.random.Generator, seen: Collection[int] = ()) -> int:
-        """One token, drawn from `probabilities`. A greedy one takes nothing from `rng`."""
+        """One token, drawn from `probabilities`. With temperature 0, `rng` is not used."""
         p = self.probabilities(logits, seen)
         return int(p.argmax() if self.temperature == 0 else rng.choice(len(p), p=p))
 

@@ -1,6 +1,6 @@
-"""Tokenizers: read from a model's directory, trained anew; text into tokens and back, and each token's size in bytes.
+"""Tokenizers: read from a model's directory, or trained; text into tokens and back, and each token's size in bytes.
 
-The tokenizers library does the work, and is loaded when it is first needed.
+The tokenizers library does the work. It is loaded when it is first needed.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer at `path`: tokenizer.json, or the directory or hub's id of its model; no truncation or padding.
+    """The tokenizer at `path`, a tokenizer.json or a model's directory or hub id, without truncation and padding.
 
-    Raises FileNotFoundError if there is none, ValueError if it cannot be read or has a token of `vocab_size` or more.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read or contains a token >= `vocab_size`.
     """
     from tokenizers import Tokenizer
 
     path = Path(path) if Path(path).is_file() else model_directory(path) / "tokenizer.json"
     data = path.read_bytes()
-    with _as_value_error(f"{path}: not a file of the tokenizers library"):
+    with _as_value_error(f"{path}: the tokenizers library cannot read it"):
         tokenizer = Tokenizer.from_buffer(data)
         tokenizer.no_truncation()
         tokenizer.no_padding()
     last = max(tokenizer.get_vocab().values(), default=0)
     if vocab_size is not None and last >= vocab_size:
-        raise ValueError(f"{path}: {tokenizer.id_to_token(last)!r:.80} is token {last}, past the model's {vocab_size}")
-    tokenizer.where = str(path)  # type: ignore[attr-defined]  # for what goes wrong later
+        raise ValueError(
+            f"{path}: {tokenizer.id_to_token(last)!r:.80} is token {last}, but the model has only {vocab_size} tokens"
+        )
+    tokenizer.where = str(path)  # type: ignore[attr-defined]  # for later errors
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> Encoding:
-    """`text` in tokens (`.ids`), with those that the tokenizer puts around a text unless `special_tokens` is False.
+    """The tokens of `text` (`.ids`), with those that the tokenizer puts around a text unless `special_tokens` is False.
 
-    Raises ValueError that names the tokenizer's file where it fails on the text, or the text is not Unicode.
+    Raises ValueError that names the tokenizer's file if it fails on the text, or the text is not Unicode.
     """
     check_text(text)
     with _as_value_error(f"{_where(tokenizer)}: the tokenizer fails on {text[:60]!r}"):
@@ -62,20 +64,20 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of `tokens`; special tokens have none. Raises ValueError where the tokenizer fails."""
+    """The text of `tokens`, without special tokens. Raises ValueError if the tokenizer fails."""
     with _as_value_error(f"{_where(tokenizer)}: the tokenizer fails to decode tokens"):
         return tokenizer.decode(tokens)
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError for half of a surrogate pair, Python's stand-in for a byte that is not UTF-8."""
+    """Raise ValueError for half of a surrogate pair, which Python uses for a byte that is not UTF-8."""
     if (half := re.search("[\ud800-\udfff]", text)) is not None:
-        raise ValueError(f"expected text, got half of a surrogate pair (character {half.start()}): it is not UTF-8")
+        raise ValueError(f"expected UTF-8 text, got half of a surrogate pair at character {half.start()}")
 
 
 @contextmanager
 def _as_value_error(what: str) -> Iterator[None]:
-    """Turn what the library raises into a ValueError: bare Exceptions, and a BaseException where its Rust panics."""
+    """Turn the library's errors into ValueErrors: it raises bare Exceptions, and a BaseException if its Rust panics."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -88,23 +90,23 @@ def _where(tokenizer: Tokenizer) -> str:
     return getattr(tokenizer, "where", "the tokenizer")
 
 
-# How text is cut before pairs are merged: no token reaches across. A cut follows each run of line ends, so
-# that a line is tokenized alone as it is after others.
+# How text is cut before pairs are merged; no token crosses a cut. There is a cut after each run of line ends, so that a
+# line has the same tokens alone as after others.
 _PIECES = (
-    r"^[ \t]+|"  # the indentation of a line, whole
+    r"^[ \t]+|"  # the indentation of a line
     r"[^\r\n\p{L}\p{N}]?\p{L}+|"  # a word and the space or sign before it: " name", "_name", "(name"
     r"\p{N}{1,3}|"  # digits, three at most
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|"  # signs, with the end of the line: "):\n"
     r"\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"  # spaces, the last of which goes with the word
+    r"\s+(?!\S)|\s+"  # spaces, without the last before a word
 )
 
 
 def train_bpe(documents: list[Document], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer for source code and prose; the same documents give the same tokenizer.
 
-    Token 0 is "<|endoftext|>", then come the 256 bytes, so that there is no unknown text, then the most
-    frequent merges (Sennrich et al. 2016, section 3.2, on bytes as in GPT-2), as long as there is one.
+    Token 0 is "<|endoftext|>", then come the 256 bytes, so that no text is unknown, then the most frequent merges
+    (Sennrich et al. 2016, section 3.2, on bytes as in GPT-2), up to `vocab_size` if there are enough.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -125,8 +127,8 @@ def train_bpe(documents: list[Document], vocab_size: int) -> Tokenizer:
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """The number of bytes of UTF-8 text that each token stands for, (V,) int64; 0 for special tokens.
 
-    For byte-level BPE and for SentencePiece's spelling ("\u2581" is a space, "<0x0A>" a byte). The sum over a
-    text's tokens is the text's length in bytes; SentencePiece may add a space at the beginning.
+    For byte-level BPE and for SentencePiece's spelling ("\u2581" is a space, "<0x0A>" a byte). The sum over a text's
+    tokens is the text's length in bytes; SentencePiece may add a space at the beginning.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
     byte_level = "ByteLevel" in repr(tokenizer.decoder)

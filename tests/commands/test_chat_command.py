@@ -183,7 +183,7 @@ def test_the_names_of_adapters(given, names, place):
 def test_names_that_cannot_be(given, place, capsys):
     argv = [word for text in given for word in ("--adapter", text)]
     assert call("generate", "--model", "model", "--prompt", "sacks", *argv) == 2
-    assert "cannot be an adapter's name, or is another's" in capsys.readouterr().err
+    assert "is not a valid name, or appears twice" in capsys.readouterr().err
 
 
 # ---- a conversation, piped ----
@@ -230,8 +230,8 @@ def test_a_system_message(place, monkeypatch, capsys):
     argv = ["--model", "chatml", "--max-new-tokens", 20, "--system", "Be kind."]
     assert talk(monkeypatch, capsys, TURNS, *argv) == "".join(answer + "\n" for answer in expected)
     out = talk(monkeypatch, capsys, [*TURNS, "/reset", *TURNS], *argv).splitlines()
-    assert "The conversation begins anew." in out
-    assert out[: out.index("The conversation begins anew.")] == out[out.index("The conversation begins anew.") + 1 :]
+    assert "The conversation is forgotten." in out
+    assert out[: out.index("The conversation is forgotten.")] == out[out.index("The conversation is forgotten.") + 1 :]
 
 
 def test_adapters_are_switched_and_the_cache_with_them(place, monkeypatch, capsys):
@@ -258,18 +258,18 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
     argv = ["--model", "chatml", "--max-new-tokens", 20, "--temperature", 1.5]
     runs = [talk(monkeypatch, capsys, ["Hi", "/reset", "Hi"], *argv, "--seed", seed) for seed in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
-    first, second = (answer.strip() for answer in runs[0].split("The conversation begins anew.\n"))
+    first, second = (answer.strip() for answer in runs[0].split("The conversation is forgotten.\n"))
     assert first != second
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["/nonsense"], "no command /nonsense: /help lists them"),
-        (["/"], "no command /: /help lists them"),
-        (["/adapter"], "/adapter NAME or /adapter off"),
+        (["/nonsense"], "unknown command /nonsense: /help lists them"),
+        (["/"], "unknown command /: /help lists them"),
+        (["/adapter"], "expected /adapter NAME or /adapter off"),
         (["/adapter c"], "no adapter 'c'; there are: none"),
-        (["Hi \udcff"], r"expected text, got half of a surrogate pair \(character \d+\): it is not UTF-8"),
+        (["Hi \udcff"], r"expected UTF-8 text, got half of a surrogate pair at character \d+"),
         (["word " * 300], r"the message's \d+ tokens fill the model's context of 256"),
     ],
 )
@@ -283,10 +283,10 @@ def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypa
     ("argv", "message"),
     [
         ("--prompt sacks --chat", "argument --chat: not allowed with argument --prompt"),
-        ("--prompt sacks --system kind", "--system goes with --chat"),
+        ("--prompt sacks --system kind", "--system needs --chat"),
         ("--prompt sacks --stop=", "stop_strings: expected a list of texts that are not empty"),
         ("--chat --stop=", "stop_strings: expected a list of texts that are not empty"),
-        ("--chat --system \udcff", "expected text, got half of a surrogate pair"),
+        ("--chat --system \udcff", "expected UTF-8 text, got half of a surrogate pair"),
         ("--prompt sacks --min-p 2", "min_p: expected a number from 0 to 1, got 2.0"),
         ("--prompt sacks --repetition-penalty 0", "repetition_penalty: expected a number above 0, got 0.0"),
         ("--prompt sacks --adapter a --adapter missing", "missing/adapter_config.json: no such file"),
@@ -423,7 +423,9 @@ def test_ctrl_c_at_the_prompt_begins_a_new_line(place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     converse(conversation)
-    out = "/help lists the commands, Ctrl-D leaves.\n> \n> no command /nonsense: /help lists them\n> \n> * off\n> \n"
+    out = (
+        "/help lists the commands, Ctrl-D leaves.\n> \n> unknown command /nonsense: /help lists them\n> \n> * off\n> \n"
+    )
     assert capsys.readouterr().out == out
 
 
@@ -472,7 +474,7 @@ def test_a_person_at_a_terminal(place):
     try:
         terminal.until(r"/help lists the commands, Ctrl-D leaves\.\n> ")
         terminal.type("/nonsense\n")
-        terminal.until(r"no command /nonsense: /help lists them\n> ")
+        terminal.until(r"unknown command /nonsense: /help lists them\n> ")
         terminal.type("/adapter off\n")
         terminal.until(r"Adapter: off\n> ")
         terminal.type("Tell me all\n")
@@ -481,7 +483,7 @@ def test_a_person_at_a_terminal(place):
         terminal.type("/adapters\n")  # waits for the answer to end
         terminal.until(r"  a\n\* off\n> ")
         terminal.type("/reset\n")
-        terminal.until(r"anew\.\n> ")
+        terminal.until(r"forgotten\.\n> ")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:

@@ -272,17 +272,17 @@ BAD = [
     (FINETUNE + "--data blank.txt", "blank.txt: the file is empty"),
     (FINETUNE + "--data short.txt", "short.txt: expected 17 tokens for a block of 16, got 5"),
     (FINETUNE + "--data latin.txt", "latin.txt: not UTF-8 text: byte offset 2"),
-    (FINETUNE + "--data nothing", "nothing: neither a file nor a directory with files"),
+    (FINETUNE + "--data nothing", "nothing: expected a file, or a directory with files"),
     (FINETUNE + "--data none.jsonl", "none.jsonl: expected an example on each line, or an array of them, got none"),
     (FINETUNE + "--data broken.jsonl", "broken.jsonl:4: expected a JSON object"),
     (FINETUNE + "--data keys.jsonl", "keys.jsonl:3: expected the keys .*, got prompt, answer"),
     (FINETUNE + "--data mute.jsonl", "mute.jsonl:1: expected a completion, got an empty one"),
     (FINETUNE + "--data one.jsonl", "takes 1 of 1 examples or blocks of text: nothing is left to train on"),
     (FINETUNE + "--model missing", "missing: no such directory"),
-    (FINETUNE + "--model text.txt", "text.txt: is a file; a model is the directory"),
+    (FINETUNE + "--model text.txt", "text.txt: expected a directory with config.json"),
     (FINETUNE + "--model nothing", "nothing/config.json: no such file"),
     (FINETUNE + "--model broken-config", "broken-config/config.json: not valid JSON"),
-    (FINETUNE + "--model listed-config", "listed-config/config.json: expected a JSON object, found list"),
+    (FINETUNE + "--model listed-config", "listed-config/config.json: expected a JSON object, got list"),
     (FINETUNE + "--model no-config", "no-config/config.json: no such file"),
     (FINETUNE + "--model mamba", "mamba/config.json: model_type: .mamba. is not supported"),
     (FINETUNE + "--model headless", "headless/config.json: "),
@@ -291,13 +291,13 @@ BAD = [
     (FINETUNE + "--model cut-weights", "cut-weights/model.safetensors: not a valid safetensors file"),
     (FINETUNE + "--model huge-header", "huge-header/model.safetensors: not a valid safetensors file"),
     (FINETUNE + "--model no-tokenizer", "no-tokenizer/tokenizer.json"),
-    (FINETUNE + "--model broken-tokenizer", "broken-tokenizer/tokenizer.json: not a file of the tokenizers library"),
-    (FINETUNE + "--model no-end", "no-end: a token must end every text: the model's eos_token_id is None"),
+    (FINETUNE + "--model broken-tokenizer", "broken-tokenizer/tokenizer.json: the tokenizers library cannot read it"),
+    (FINETUNE + "--model no-end", "no-end: eos_token_id: expected a token that ends texts, got None"),
     (
         FINETUNE + "--model empty-end",
         r"empty-end/config.json: eos_token_id: expected a token .*, got \[\]",
     ),
-    (FINETUNE + "--model far-end", "far-end: a token must end every text: .* is 300"),
+    (FINETUNE + "--model far-end", "far-end: eos_token_id: expected a token that ends texts, got 300"),
     (
         FINETUNE + "--model word-end",
         "word-end/config.json: eos_token_id: expected a token or a list of tokens, got 'the end'",
@@ -309,7 +309,7 @@ BAD = [
     (FINETUNE + "--layers 0 --targets .*_proj", "layers: expected none with a regular expression as targets"),
     (FINETUNE + "--init svd", "--init: invalid choice: 'svd'"),
     (FINETUNE + "--init pissa --rank 41", "q_proj: rank: expected at most 40 for pissa on shape"),
-    (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: must be NAME=VALUE, not q_proj"),
+    (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: expected NAME=VALUE, got q_proj"),
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (
         FINETUNE + "--alpha-pattern lm_head=2",
@@ -337,8 +337,8 @@ BAD = [
     (FINETUNE + "--max-length 65", "max length: expected 2 to 64, the model's context, got 65"),
     (FINETUNE + "--max-length 1", "max length: expected 2 to 64, the model's context, got 1"),
     (FINETUNE + "--max-length 0", "--max-length: expected a whole number of 1 or more, got '0'"),
-    (FINETUNE + "--held-out 1.5", "the held-out fraction: expected 0 or more and less than 1, got 1.5"),
-    (FINETUNE + "--held-out nan", "the held-out fraction: expected 0 or more and less than 1, got nan"),
+    (FINETUNE + "--held-out 1.5", "held-out fraction: expected at least 0 and less than 1, got 1.5"),
+    (FINETUNE + "--held-out nan", "held-out fraction: expected at least 0 and less than 1, got nan"),
     (FINETUNE + "--held-out 0.99", "nothing is left to train on"),
     (FINETUNE + "--lr nan", "lr: expected a number from 0 to 1e.300, got nan"),
     (FINETUNE + "--lr -1", "lr: expected a number from 0 to 1e.300, got -1.0"),
@@ -366,7 +366,7 @@ BAD = [
     (GENERATE + "--top-k -1", "--top-k: expected a whole number of 0 or more, got '-1'"),
     (GENERATE + "--max-new-tokens 0", "--max-new-tokens: expected a whole number of 1 or more, got '0'"),
     (GENERATE + "--prompt=", "prompt: expected at least one token, got none"),
-    (GENERATE + "--prompt \udcff", "expected text, got half of a surrogate pair"),
+    (GENERATE + "--prompt \udcff", "expected UTF-8 text, got half of a surrogate pair"),
     (GENERATE + "--prompt " + 64 * "🐟", "tokens fill the model's context of 64"),
     ("demo --steps 0", "--steps: expected a whole number of 1 or more, got '0'"),
     ("demo --out text.txt", "text.txt: File exists"),
@@ -425,7 +425,7 @@ def test_interrupted_and_resumed(place, capsys):
     with tiny.interrupted(finetune, 3, checkpoint_every=1):
         assert call(*options.split()) == 130
     saved = "refqlora finetune: interrupted: step 3 of 5 is saved in out/checkpoint.safetensors"
-    assert f"\n{saved}; to go on: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
+    assert f"\n{saved}; to continue: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
     assert call(*options.split()) == 2
     assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0

@@ -247,7 +247,7 @@ def test_a_model_may_end_texts_in_several_ways(pairs, base, tmp_path):
         ({"adapter": {"targets": ("w_q",)}}, "targets: expected one of .*, got 'w_q'"),
         ({"training": {**TRAINING, "lr": np.nan}}, "lr: expected a number from 0"),
         ({"training": {**TRAINING, "warmup": 5}}, "warmup_steps: .* got 5"),
-        ({"held_out": 1.0}, "the held-out fraction: expected 0 or more and less than 1, got 1.0"),
+        ({"held_out": 1.0}, "held-out fraction: expected at least 0 and less than 1, got 1.0"),
     ],
 )
 def test_nothing_is_begun_with_what_cannot_be_used(options, message, pairs, base, tmp_path):
@@ -348,7 +348,7 @@ def test_a_step_is_made_to_fit(pairs, base, tmp_path, room):
 def test_layers_are_recomputed_where_nothing_else_fits(pairs, base, tmp_path, room):
     room(500_000)
     _, printed = go(pairs, tmp_path / "a", base, training={**TRAINING, "micro_batch_size": 1})
-    assert ", 1 at a time, each layer computed again in the backward; 500 kB are free" in printed
+    assert ", 1 at a time, each layer recomputed in the backward; 500 kB are free" in printed
     room(10**9)
     go(pairs, tmp_path / "b", base, training={**TRAINING, "micro_batch_size": 1})
     a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")

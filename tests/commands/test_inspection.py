@@ -228,7 +228,7 @@ def test_a_model_that_refqlora_does_not_run(saved):
     found = inspect(saved)["model"]
     assert "model_type: 'bert' is not supported" in found["not_supported"]
     assert len(found["nf4_error"]) == 14 + 2  # every matrix: it is not known which are linears
-    assert "refqlora does not run it" in shown({"model": found})
+    assert "refqlora does not support this model" in shown({"model": found})
     method = {"quant_method": "gptq"}
     write_json(saved / "config.json", {**config, "quantization_config": method})
     assert "got 'gptq'" in inspect(saved, error=False)["model"]["not_supported"]
@@ -330,7 +330,10 @@ FAULTS = {
         lambda d: write_tensors(d / "model.safetensors", {"lm_head.weight": np.ones((300, 40), np.float32)}),
         "model.embed_tokens.weight (300, 40) is missing",
     ),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a file of"),
+    "no tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("{}"),
+        "tokenizer.json: the tokenizers library cannot read",
+    ),
 }
 
 
@@ -356,9 +359,9 @@ def turned(tensors):
 
 
 ADAPTER_FAULTS = {
-    "no A": (without("A"), "has no lora_A.weight"),
-    "no B": (without("B"), "has no lora_B.weight"),
-    "B turned": (turned, "make no B A"),
+    "no A": (without("A"), "lora_A.weight is missing"),
+    "no B": (without("B"), "lora_B.weight is missing"),
+    "B turned": (turned, "do not fit"),
     "not finite": (
         lambda tensors: next(iter(tensors.values())).fill(np.inf),
         "lora_A.weight: expected finite numbers, got inf at (0, 0)",
@@ -386,7 +389,7 @@ def test_an_adapter_that_refqlora_does_not_load_is_shown_all_the_same(key, value
     assert "scale" not in found
     assert "norm_change" in found["matrices"][0]
     text = shown({"adapter": found})
-    assert f"refqlora does not load it: {path}" in text
+    assert f"refqlora does not support this adapter: {path}" in text
     assert "|B A|" in text
 
 
@@ -462,12 +465,12 @@ def test_a_model_by_its_id_on_the_hub(saved, monkeypatch, capsys):
 def test_a_training_checkpoint_that_is_none(metadata, tmp_path, capsys):
     path = tmp_path / "checkpoint.safetensors"
     write_tensors(path, {"param.x": np.ones(3, ml_dtypes.bfloat16)}, metadata)
-    assert "not a checkpoint of a training run" in said(path, capsys)
+    assert "in the metadata: expected a" in said(path, capsys)
 
 
 def test_what_is_no_safetensors_file_is_named(tmp_path, capsys):
     (tmp_path / "model.bin").write_bytes(b"x")
-    assert "model.bin: not a .safetensors file" in said(tmp_path / "model.bin", capsys)
-    assert "has no config.json" in said(tmp_path, capsys)
+    assert "model.bin: expected a .safetensors file" in said(tmp_path / "model.bin", capsys)
+    assert "contains no config.json" in said(tmp_path, capsys)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     assert "model.safetensors: not a valid safetensors file" in said(tmp_path / "model.safetensors", capsys)

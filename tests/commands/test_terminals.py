@@ -95,7 +95,7 @@ def test_ctrl_c_is_one_line(message, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "import_module", interrupted)
     assert cli.main(["demo"]) == 130
-    going_on = f": {message}; to go on: refqlora demo --resume" if message else ""
+    going_on = f": {message}; to continue: refqlora demo --resume" if message else ""
     assert capsys.readouterr().err == f"\nrefqlora demo: interrupted{going_on}\n"
 
 

@@ -93,7 +93,7 @@ def test_what_is_written_reads_back(change):
 @pytest.mark.parametrize("key", MINIMAL)
 def test_a_missing_field_is_named_with_the_file(key):
     for d in ({k: v for k, v in MINIMAL.items() if k != key}, MINIMAL | {key: None}):
-        with pytest.raises(ValueError, match=rf'^some/config\.json: has no "{key}"$'):
+        with pytest.raises(ValueError, match=rf'^some/config\.json: "{key}" is missing$'):
             config_from_dict(d, where="some/config.json")
 
 
@@ -111,7 +111,7 @@ def test_a_missing_field_is_named_with_the_file(key):
             "rope_type: expected one of .*, got 'mrope'",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, 'factor: expected a value for RoPE of type "linear"'),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set for each kind of layer"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "separate sets for kinds of layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
         ({"rope_scaling": "linear"}, "rope_parameters: expected an object, got 'linear'"),
         ({"rope_theta": "much"}, "much"),
@@ -126,7 +126,7 @@ def test_a_missing_field_is_named_with_the_file(key):
         ({"head_dim": 7}, "head_dim: expected an even number for RoPE, got 7"),
         ({"head_dim": 0}, "head_dim: expected a whole number from 1 to 65536, got 0"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings: expected a whole number"),
-        ({"rms_norm_eps": None}, 'has no "rms_norm_eps"'),
+        ({"rms_norm_eps": None}, '"rms_norm_eps" is missing'),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number from .*, got '1e-5'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number from .*, got nan"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),

@@ -141,7 +141,7 @@ ADAPTER_FAULTS = {
             ("rank_pattern", [3], ": expected regular expressions with a value each, got (3,)"),
             ("peft_type", "IA3", ': expected "LORA", got "IA3"'),
             ("bias", "lora_only", ': expected "none", got "lora_only"'),
-            ("fan_in_fan_out", True, ": expected false; it is true for GPT-2 only, got true"),
+            ("fan_in_fan_out", True, ": expected false (only GPT-2 has true), got true"),
             ("modules_to_save", ["lm_head"], ': expected null or [], got ["lm_head"]'),
             ("layer_replication", [[0, 2]], ": expected null or [], got [[0, 2]]"),
             ("target_parameters", ["mlp.experts"], ': expected null or [], got ["mlp.experts"]'),
@@ -158,7 +158,7 @@ ADAPTER_FAULTS = {
             (
                 "init_lora_weights",
                 "pissa_niter_16",
-                ": 'pissa_niter_16': what this adapter sits on was drawn",
+                ": 'pissa_niter_16' changed the base at random",
             ),
         ]
     },
@@ -166,7 +166,7 @@ ADAPTER_FAULTS = {
         f"started by {init}": (
             change_config(init_lora_weights=init),
             [
-                "adapter_config.json: init_lora_weights: expected a start that leaves the base alone",
+                "adapter_config.json: init_lora_weights: expected an initialisation that leaves the base alone",
                 f'got "{init}"',
             ],
         )
@@ -174,7 +174,7 @@ ADAPTER_FAULTS = {
     },
     "an unknown key": (
         change_config(use_xlora=True),
-        ["adapter_config.json: 'use_xlora' is not known: it might change the numbers"],
+        ["adapter_config.json: 'use_xlora' is unknown and might change the numbers"],
     ),
     "no target": (change_config(target_modules=[]), ["adapter: targets: expected one of down_proj, ", "got none"]),
     "no target that is there": (
@@ -211,7 +211,7 @@ ADAPTER_FAULTS = {
     ),
     "a llama.cpp adapter": (
         lambda d: [(d / "mine.gguf").touch(), *(file.unlink() for file in d.glob("adapter*"))],
-        ["adapter_config.json: no such file; mine.gguf is llama.cpp's format"],
+        ["adapter_config.json: no such file; expected PEFT's adapter_config.json"],
     ),
     "DoRA without magnitudes": (change_config(use_dora=True), ["q_proj.lora_magnitude_vector (48,) is missing"]),
     "magnitudes without DoRA": (
@@ -238,7 +238,7 @@ ADAPTER_FAULTS = {
     ),
     "pickled weights": (
         lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
-        ["adapter_model.bin: is pickled"],
+        ["adapter_model.bin: pickled files are never opened"],
     ),
     "weights cut short": (
         lambda d: cut_short(d / "adapter_model.safetensors", -1),

@@ -150,17 +150,17 @@ FAULTS = {
     "an empty directory": (lambda d: [f.unlink() for f in d.iterdir()], ["model/config.json: no such file"]),
     "no config.json": (remove("config.json"), ["model/config.json: no such file"]),
     "an adapter's directory": (each(remove("config.json"), write("adapter_config.json", "{}")), ["model: expected a model, got an adapter"]),
-    "llama.cpp's file alone": (each(remove("config.json"), write("model-q4.gguf", "GGUF")), ["model/model-q4.gguf: is llama.cpp's format"]),
+    "llama.cpp's file alone": (each(remove("config.json"), write("model-q4.gguf", "GGUF")), ["model/model-q4.gguf: expected config.json and *.safetensors, got llama.cpp's format"]),
     "config.json a directory": (each(remove("config.json"), lambda d: (d / "config.json").mkdir()), ["config.json"]),
     "config.json empty": (write("config.json", ""), ["model/config.json: not valid JSON"]),
     "config.json cut short": (cut("config.json", 99), ["model/config.json: not valid JSON"]),
     "config.json not UTF-8": (write("config.json", b'{"model_type": "\xff"}'), ["model/config.json: not valid JSON: 'utf-8'"]),
     "config.json in UTF-16": (write("config.json", "{}".encode("utf-16")), ["model/config.json: not valid JSON"]),
-    "config.json a list": (write("config.json", "[]"), ["model/config.json: expected a JSON object, found list"]),
+    "config.json a list": (write("config.json", "[]"), ["model/config.json: expected a JSON object, got list"]),
     "config.json nested without end": (write("config.json", "[" * 10**5), ["model/config.json", "nested too deeply"]),
     "a key of config.json twice": (write("config.json", '{"vocab_size": 1, "vocab_size": 2}'), ["model/config.json: not valid JSON: the key 'vocab_size' appears twice"]),
     **{
-        f"{field} not there": (fields(**{field: ...}), [f'model/config.json: has no "{field}"'])
+        f"{field} not there": (fields(**{field: ...}), [f'model/config.json: "{field}" is missing'])
         for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     },
     "an unknown architecture": (fields(model_type="mamba"), ["model/config.json: model_type: 'mamba' is not supported; supported: \"llama\""]),
@@ -212,8 +212,8 @@ FAULTS = {
     "generation_config.json broken": (write("generation_config.json", "{"), ["model/generation_config.json: not valid JSON"]),
     "generation_config.json, eos_token_id": (fields("generation_config.json", eos_token_id=[1, "2"]), ["model/generation_config.json: eos_token_id: expected a token or a list of tokens, got"]),
     "no weights": (remove(WEIGHTS), ["model/model.safetensors: no such file"]),
-    "weights pickled, .bin": (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), ["model/pytorch_model.bin: is pickled", "save_pretrained(OUT)"]),
-    "weights pickled, .pth": (lambda d: (d / WEIGHTS).rename(d / "consolidated.00.pth"), ["model/consolidated.00.pth: is pickled"]),
+    "weights pickled, .bin": (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), ["model/pytorch_model.bin: pickled files are never opened", "save_pretrained(OUT)"]),
+    "weights pickled, .pth": (lambda d: (d / WEIGHTS).rename(d / "consolidated.00.pth"), ["model/consolidated.00.pth: pickled files are never opened"]),
     "weights empty": (cut(WEIGHTS, 0), ["model/model.safetensors: not a valid safetensors file: 0 bytes cannot"]),
     "weights cut in the header": (cut(WEIGHTS, 300), ["model/model.safetensors: not a valid safetensors file: 300 bytes cannot hold a header"]),
     "weights cut in the data": (cut(WEIGHTS, -1), ["model/model.safetensors: not a valid safetensors file: its tensors end at byte"]),
@@ -250,25 +250,25 @@ FAULTS = {
     "a NaN in bfloat16": (tensor(lambda x: put(np.nan)(x).astype(ml_dtypes.bfloat16)), [f"model: {Q}: expected finite numbers, got nan at (7, 3)"]),
     "shards without an index": (each(shards, remove(INDEX)), [f"model/{INDEX}: no such file"]),
     "index broken": (each(shards, cut(INDEX, 50)), [f"model/{INDEX}: not valid JSON"]),
-    "index without a map": (each(shards, write(INDEX, "{}")), [f'model/{INDEX}: has no "weight_map"']),
-    "index with an empty map": (each(shards, write(INDEX, '{"weight_map": {}}')), [f'model/{INDEX}: has no "weight_map"']),
-    "index to numbers": (each(shards, entries(**{Q: 3})), [f'model/{INDEX}: has no "weight_map"']),
+    "index without a map": (each(shards, write(INDEX, "{}")), [f'model/{INDEX}: expected a "weight_map"']),
+    "index with an empty map": (each(shards, write(INDEX, '{"weight_map": {}}')), [f'model/{INDEX}: expected a "weight_map"']),
+    "index to numbers": (each(shards, entries(**{Q: 3})), [f'model/{INDEX}: expected a "weight_map"']),
     "index with a name twice": (each(shards, write(INDEX, f'{{"weight_map": {{"{Q}": "a", "{Q}": "b"}}}}')), [f"model/{INDEX}: not valid JSON: the key '{Q}' appears twice"]),
     "index to elsewhere": (each(shards, entries(**{Q: "../model/" + SHARDS[0]})), [f"model/{INDEX}: weight_map: expected safetensors files beside it, got '../model/{SHARDS[0]}'"]),
-    "index to a pickle": (each(shards, entries(**{Q: "pytorch_model.bin"})), ["model/pytorch_model.bin: is pickled"]),
+    "index to a pickle": (each(shards, entries(**{Q: "pytorch_model.bin"})), ["model/pytorch_model.bin: pickled files are never opened"]),
     "index to a missing shard": (each(shards, lambda d: holder(d).unlink()), ["-of-00003.safetensors: no such file"]),
     "index to another shard": (each(shards, another_shard), ["-of-00003.safetensors: ", Q, INDEX]),
-    "index without a tensor": (each(shards, entries(**{Q: ...})), [f"holds {Q}, which {INDEX} does not name"]),
-    "index with a tensor too many": (each(shards, entries(phantom=SHARDS[1])), [f"model/{SHARDS[1]}: lacks phantom, which {INDEX} says it holds"]),
-    "a tensor in two shards": (each(shards, both_shards), [f"holds {Q}, which"]),
+    "index without a tensor": (each(shards, entries(**{Q: ...})), [f"contains {Q}, which {INDEX} does not name"]),
+    "index with a tensor too many": (each(shards, entries(phantom=SHARDS[1])), [f"model/{SHARDS[1]}: phantom is missing, although {INDEX} names it"]),
+    "a tensor in two shards": (each(shards, both_shards), [f"contains {Q}, which"]),
     "a shard cut short": (each(shards, cut(SHARDS[1], -1)), [f"model/{SHARDS[1]}: not a valid safetensors file"]),
 }  # fmt: skip
 TOKENIZER_FAULTS = {
     "no tokenizer.json": (remove("tokenizer.json"), ["model/tokenizer.json"]),
-    "tokenizer.json empty": (write("tokenizer.json", ""), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "tokenizer.json broken": (write("tokenizer.json", '{"model": {}}'), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "tokenizer.json not UTF-8": (write("tokenizer.json", b'{"\xff": 1}'), ["model/tokenizer.json: not a file of the tokenizers library"]),
-    "more tokens than the embedding": (more_tokens, ["model/tokenizer.json: '<|one too many|>' is token 300, past the model's 300"]),
+    "tokenizer.json empty": (write("tokenizer.json", ""), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "tokenizer.json broken": (write("tokenizer.json", '{"model": {}}'), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "tokenizer.json not UTF-8": (write("tokenizer.json", b'{"\xff": 1}'), ["model/tokenizer.json: the tokenizers library cannot read it"]),
+    "more tokens than the embedding": (more_tokens, ["model/tokenizer.json: '<|one too many|>' is token 300, but the model has only 300 tokens"]),
 }  # fmt: skip
 COMMANDS = {
     "generate": ["generate", "--model", "model", "--prompt", "sacks"],
@@ -353,11 +353,13 @@ def test_a_broken_tokenizer_is_refused(spoil, said, place, capsys):
 
 @pytest.mark.parametrize("name", ["text.txt", "model/model.safetensors", "model/config.json"])
 def test_a_file_for_a_directory(name, place, capsys):
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is a file; a model is the directory that holds config"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected a directory with config\.json"):
         rq.Model.from_pretrained(place / name)
     for command, argv in COMMANDS.items():
         assert call([name if word == "model" else word for word in argv]) == 2
-        assert re.fullmatch(rf"refqlora {command}: {re.escape(name)}: is a file; [^\n]+\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            rf"refqlora {command}: {re.escape(name)}: expected a directory with [^\n]+\n", capsys.readouterr().err
+        )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")

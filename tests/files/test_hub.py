@@ -116,7 +116,11 @@ def response(code=404):
 
 FAILURES = {
     "offline": (errors.LocalEntryNotFoundError("Cannot find\nit"), FileNotFoundError, "cannot be reached: download it"),
-    "gated": (errors.GatedRepoError("401\nx", response=response()), ValueError, "is gated: ask for access on https"),
+    "gated": (
+        errors.GatedRepoError("401\nx", response=response()),
+        ValueError,
+        "the model is gated: ask for access at https",
+    ),
     "not there": (
         errors.RepositoryNotFoundError("404\nx", response=response()),
         FileNotFoundError,
@@ -127,7 +131,11 @@ FAILURES = {
         FileNotFoundError,
         "the model has no revision v2",
     ),
-    "bad id": (errors.HFValidationError("Cannot have -- or ..\nx"), ValueError, "no model's id: Cannot have -- or .."),
+    "bad id": (
+        errors.HFValidationError("Cannot have -- or ..\nx"),
+        ValueError,
+        "neither a directory nor the id of a model: Cannot have -- or ..",
+    ),
     "the hub is down": (
         errors.HfHubHTTPError("503 Server Error\nfor url", response=response(503)),
         OSError,
@@ -159,7 +167,7 @@ def test_a_failure_says_what_to_do_in_one_line(monkeypatch, capsys, raised, kind
 def test_a_model_without_safetensors_is_told(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"^org/name: has no \*\.safetensors") as error:
+    with pytest.raises(FileNotFoundError, match=r"^org/name: contains no \*\.safetensors") as error:
         rq.Model.from_pretrained("org/name")
     assert 'AutoModelForCausalLM.from_pretrained("org/name").save_pretrained(OUT)' in str(error.value)
 
@@ -169,7 +177,7 @@ def test_without_the_library_an_id_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as error:
         hub.model_directory("org/name@v2")
     assert str(error.value) == (
-        "org/name@v2: no such directory, and huggingface_hub, which downloads models, is missing"
+        "org/name@v2: no such directory, and huggingface_hub, which downloads models, is not installed"
     )
     assert hub.model_directory(rq.BUNDLED) == rq.BUNDLED
 
@@ -177,7 +185,7 @@ def test_without_the_library_an_id_is_refused_in_one_line(monkeypatch):
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth"])
 def test_a_pickled_file_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=rf"{name}: is pickled, which is never opened.*save_pretrained\(OUT\)"):
+    with pytest.raises(ValueError, match=rf"{name}: pickled files are never opened.*save_pretrained\(OUT\)"):
         rq.Model.from_pretrained(tmp_path / name)
 
 
@@ -223,7 +231,7 @@ def test_what_the_cache_lacks_is_told_without_a_network(cache, name):
     repo = name.split("@")[0]
     assert (code, out) == (2, "")
     assert err == (
-        f"refqlora generate: {name}: no such directory, nor in the cache, and the Hugging Face hub cannot be reached: "
+        f"refqlora generate: {name}: not a directory, not in the cache, and the Hugging Face hub cannot be reached: "
         f"download it where you can with `hf download {repo} --local-dir DIR` and give DIR\n"
     )
 
@@ -233,7 +241,7 @@ def test_no_network_at_all(tmp_path):
     code, out, err = refqlora(*GENERATE, "--model", "org/name", HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
     assert (code, out) == (2, "")
     assert err.endswith("and give DIR\n")
-    assert "org/name: no such directory, nor in the cache, and the Hugging Face hub cannot be reached" in err
+    assert "org/name: not a directory, not in the cache, and the Hugging Face hub cannot be reached" in err
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -317,7 +325,10 @@ def test_a_download_from_a_hub(served, expected, tmp_path):
     [
         ("org/other", "no such directory, and no such model on the Hugging Face hub; if it is private, log in with "),
         ("org/name@v2", "the model has no revision v2"),
-        ("org/gated", "is gated: ask for access on https://huggingface.co/org/gated, then log in with `hf auth login`"),
+        (
+            "org/gated",
+            "the model is gated: ask for access at https://huggingface.co/org/gated, then log in with `hf auth login`",
+        ),
     ],
 )
 def test_what_a_hub_refuses(served, name, said):

@@ -202,7 +202,7 @@ def test_several_without_a_default(tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="multiple chat templates with no default"):
         theirs.apply_chat_template(CONVERSATIONS["one"], tokenize=False)
-    with pytest.raises(ValueError, match="no chat template is named default; there are: rag, tool_use"):
+    with pytest.raises(ValueError, match="expected a chat template named default, got rag, tool_use"):
         both(tmp_path)
 
 

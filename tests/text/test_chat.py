@@ -138,9 +138,7 @@ def test_where_only_the_last_answer_has_an_end():
 
 def test_an_answer_that_the_generation_prompt_does_not_begin():
     source = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
-    message = (
-        r"messages\[1\]: c\.json: .* begins this answer with 'Hello.* where its generation prompt has '<think>\\n'"
-    )
+    message = r"messages\[1\]: c\.json: .* begins this answer with 'Hello.*, but its generation prompt has '<think>\\n'"
     with pytest.raises(ValueError, match=message):
         template(source, where="c.json").examples(messages("Hi", "Hello"))
     with pytest.raises(ValueError, match=r"messages\[3\]: c\.json: the chat template leaves this answer out"):
@@ -151,14 +149,14 @@ def test_an_answer_that_the_generation_prompt_does_not_begin():
 
 def test_marks_that_mark_nothing():
     source = "{% for m in messages if m.role == 'bot' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    with pytest.raises(ValueError, match=r"c\.json: the template's {% generation %} marks nothing"):
+    with pytest.raises(ValueError, match=r"c\.json: the chat template's {% generation %} marks nothing"):
         template(source, where="c.json").examples(messages("Hi", "Hello"))
 
 
 def test_nothing_said():
     for talk in ([], messages("Hi"), messages("Hi", ""), messages("Hi", "\n ")):
         for source in (CHATML, GENERATION):
-            with pytest.raises(ValueError, match="expected something said by the assistant, got nothing"):
+            with pytest.raises(ValueError, match="expected a message of the assistant that is not empty, got none"):
                 template(source).examples(talk)
 
 
@@ -220,7 +218,7 @@ def test_the_plain_format_begins_as_the_tokenizer_begins_texts(tmp_path):
 def test_an_end_that_is_no_token_of_its_own(tmp_path):
     tokenizer = tiny.tokenizer()
     letter = tokenizer.token_to_id("Ġ")  # a byte's letter stands for a space: as text it is something else
-    with pytest.raises(ValueError, match="the tokenizer does not read 'Ġ', the end of a text, as one token"):
+    with pytest.raises(ValueError, match="the tokenizer reads 'Ġ', which ends a text, as several tokens"):
         load_chat_template(*directory(tmp_path, tokenizer), letter)
     directory(tmp_path, tokenizer, {"chat_template": CHATML})
     assert load_chat_template(tmp_path, tokenizer, letter).eos == ""  # the template ends answers itself
@@ -245,9 +243,9 @@ def test_an_end_that_is_no_token_at_all(eos, tmp_path):
         ),
         ({"chat_template": {"a": 1}}, r'tokenizer_config\.json: chat_template: expected text, .* got {"a": 1}'),
         ({"chat_template": [{"name": "default", "template": None}]}, r"chat_template: expected text, or a list"),
-        ({"chat_template": [{"name": "rag", "template": "a"}]}, "no chat template is named default; there are: rag"),
+        ({"chat_template": [{"name": "rag", "template": "a"}]}, "expected a chat template named default, got rag"),
         ({"chat_template": "{{ messages"}, r"tokenizer_config\.json: line 1 of the chat template: unexpected end"),
-        ([], r"tokenizer_config\.json: expected a JSON object, found list"),
+        ([], r"tokenizer_config\.json: expected a JSON object, got list"),
     ],
 )
 def test_what_is_wrong_with_the_file(config, message, tmp_path):

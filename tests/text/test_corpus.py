@@ -250,5 +250,5 @@ def test_a_topic_within_a_longer_one_is_left_out(monkeypatch):
 
 def test_a_python_without_pydoc_data_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ModuleNotFoundError, match="comes without pydoc_data"):
+    with pytest.raises(ModuleNotFoundError, match="lacks pydoc_data"):
         corpus.language_reference(held_out=False)

@@ -35,7 +35,7 @@ def test_read_texts_names_the_file_at_fault(tmp_path):
     for content, message in (
         (b"na\xefve", r"not UTF-8 text: byte offset 2"),
         (b" \n", "the file is empty"),
-        (b"a\0b", "not text: it has bytes of 0"),
+        (b"a\0b", "not text: it contains zero bytes"),
         (codecs.BOM_UTF8, "the file is empty"),
     ):
         latin.write_bytes(content)
@@ -43,7 +43,7 @@ def test_read_texts_names_the_file_at_fault(tmp_path):
             with pytest.raises(ValueError, match=rf"latin\.txt: {message}"):
                 read_data(path, PLAINLY)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(FileNotFoundError, match="nothing: neither a file nor a directory with files"):
+    with pytest.raises(FileNotFoundError, match="nothing: expected a file, or a directory with files"):
         read_data(tmp_path / "nothing", PLAINLY)
     for name in ("missing", "missing.jsonl"):
         with pytest.raises(FileNotFoundError, match=f"{name}: no such file or directory"):
@@ -62,7 +62,7 @@ def test_a_picture_among_notes_is_skipped_and_counted(tmp_path):
     assert said == [f"read 1 of 2 files; {skipped}", f"read 1 of 4 files; {skipped}, and 2 more"]
     for path in tmp_path.glob("[ace]*"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: not text but examples: give the file itself"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: expected text, got examples: give the file itself"):
         read_data(tmp_path, PLAINLY)
 
 
@@ -114,7 +114,7 @@ USER = {"role": "user", "content": "Hi"}
         (b"[" * 100_000, "expected a JSON object on each line, or an array of them, got broken JSON"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "got broken JSON: Exceeds the limit"),
         (b'{"prompt": "a\xff"}', "'utf-8' codec can't decode byte 0xff in position 13"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "completion: expected text, got half of a surrogate pair"),
+        (b'{"prompt": "a", "completion": "\\ud800"}', "completion: expected UTF-8 text, got half of a surrogate pair"),
         (["a", "b"], "expected a JSON object, got list"),
         (None, "expected a JSON object, got NoneType"),
         ({}, "expected the keys messages or conversations or prompt, completion or .*, got none"),
@@ -124,7 +124,7 @@ USER = {"role": "user", "content": "Hi"}
         ({"prompt": "a", "completion": 4}, "completion: expected text, got int"),
         ({"prompt": "a", "completion": ""}, "expected a completion, got an empty one"),
         ({"instruction": "a", "output": ["b"]}, r"output\[0\]: expected a part of type text, got str"),
-        ({"instruction": "a", "output": ""}, "expected something said by the assistant, got nothing"),
+        ({"instruction": "a", "output": ""}, "expected a message of the assistant that is not empty, got none"),
         ({"messages": "Hi"}, "messages: expected a list, got str"),
         ({"messages": ["Hi"]}, r"messages\[0\]: expected an object with role and content, got str"),
         ({"messages": [USER, {"role": "user"}]}, r"messages\[1\].content: expected text, got NoneType"),
@@ -137,12 +137,12 @@ USER = {"role": "user", "content": "Hi"}
         ),
         (
             {"messages": [USER | {"role": "bot"}]},
-            r"expected something said by the assistant, got nothing \(roles: bot\)",
+            r"expected a message of the assistant that is not empty, got none \(roles: bot\)",
         ),
-        ({"messages": [USER]}, "expected something said by the assistant, got nothing"),
-        ({"messages": [{"role": "assistant", "content": ""}]}, "expected something said by the assistant"),
-        ({"messages": [{"role": "assistant", "content": " \n"}]}, "expected something said by the assistant"),
-        ({"messages": []}, "expected something said by the assistant, got nothing"),
+        ({"messages": [USER]}, "expected a message of the assistant that is not empty, got none"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "expected a message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": " \n"}]}, "expected a message of the assistant"),
+        ({"messages": []}, "expected a message of the assistant that is not empty, got none"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\].content: expected text, got NoneType"),
     ],
 )

@@ -79,7 +79,7 @@ def test_split_with_nothing_left_is_an_error():
         with pytest.raises(ValueError, match="nothing is left to train on"):
             data.split(items, fraction, seed=0)
     for fraction in (1, -1, 2, float("nan")):
-        with pytest.raises(ValueError, match="the held-out fraction: expected 0 or more and less than 1, got"):
+        with pytest.raises(ValueError, match="held-out fraction: expected at least 0 and less than 1, got"):
             data.split([1, 2, 3], fraction, seed=0)
 
 

@@ -223,5 +223,5 @@ def test_no_example_is_an_empty_dataset():
 
 def test_a_sequence_of_one_token_is_refused():
     for build in (pack, tokenize_examples):
-        with pytest.raises(ValueError, match="the length of a sequence: expected 2 or more, got 1"):
+        with pytest.raises(ValueError, match="length of a sequence: expected 2 or more, got 1"):
             build([], LETTERS, 1, EOS)

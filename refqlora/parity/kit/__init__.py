@@ -1,1 +1,1 @@
-"""The kit: other people's kernels examined, and their mistakes named."""
+"""The kit: examine other people's kernels and name their mistakes."""

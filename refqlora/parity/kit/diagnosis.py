@@ -1,4 +1,4 @@
-"""Why a kernel is wrong: the known mistake, or the two, with which the definition gives what the kernel gave."""
+"""Why a kernel is wrong: the known mistake, or two, with which the definition gives the kernel's result."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..differences import differing, relative_difference
 from . import mistakes
-from .mistakes import TABLES, UNSIGNED
+from .mistakes import BF16, HALF, TABLES, UNSIGNED
 from .tables import own_table
 
-F64, BF16, HALF = np.float64, ml_dtypes.bfloat16, np.float16
+F64 = np.float64
 LORA_BOUND = 1e-5  # relative to the largest element
 
 
 @dataclass
 class Trial:
-    """One call of a kernel's function: what it was given, what it must give, and what it gave or how it failed."""
+    """One call of a kernel's function: its arguments, the expected results, and the results found or the fault."""
 
     function: str
     case: str
@@ -39,7 +38,7 @@ class Trial:
 
 
 def agree(function: str, name: str, found: np.ndarray, expected: np.ndarray) -> bool:
-    """To the bit, or for the LoRA linear and for the offset, a mean, but for rounding in float32."""
+    """Whether they agree: to the bit, but for the LoRA linear and the offset, a mean, up to rounding in float32."""
     if found.shape != expected.shape:
         return False
     if function.startswith("lora") or name == "offset":
@@ -48,7 +47,7 @@ def agree(function: str, name: str, found: np.ndarray, expected: np.ndarray) -> 
 
 
 def positions(name: str, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Where they differ, flat. An absmax of 0 may be stored as 1e-38, the least divisor, and the reverse."""
+    """The flat positions that differ. An absmax of 0 and one of 1e-38, the least divisor, count as equal."""
     if name in ("absmax", "nested_absmax"):
         found, expected = (np.where(a == 0, mistakes.TINY, a) for a in (found, expected))
     return differing(found, expected)
@@ -130,8 +129,8 @@ MISTAKES: dict[str, list[Mistake]] = {
 def explain(trials: Sequence[Trial]) -> dict[int, str]:
     """{number of a trial that differs: the likely cause}, of one exact function.
 
-    First come the mistakes that explain every call at once: one, a table of the kernel's own, or two. Then those that
-    explain a single call. What is only nearly explained is said to be so; "" where nothing comes near.
+    First tries causes that explain every call at once: one mistake, a table of the kernel's own, or two mistakes. Then
+    those that explain a single call, at least mostly; "" if nothing does.
     """
     wrong = [i for i, trial in enumerate(trials) if trial.wrong()]
     if not wrong:
@@ -146,7 +145,7 @@ def explain(trials: Sequence[Trial]) -> dict[int, str]:
 
 
 def _pairs(function: str) -> Iterator[Mistake]:
-    """Each two mistakes that go together."""
+    """All pairs of mistakes that can be combined."""
     for (cause, one), (other_cause, other) in itertools.combinations(MISTAKES[function], 2):
         if not one.keys() & other.keys():
             yield f"{cause}; and {other_cause}", one | other
@@ -167,8 +166,8 @@ def _of_one(trial: Trial) -> str:
 
 
 def _made(trial: Trial, changes: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """What the definition gives with these changes; None where it cannot be computed."""
-    if trial.function == "quantize_constants" and "offset" in trial.found:  # a mean may be off in its last bits
+    """The definition's result with these changes; None if it cannot be computed."""
+    if trial.function == "quantize_constants" and "offset" in trial.found:  # a mean may differ in its last bits
         close = agree("", "offset", trial.found["offset"], trial.expected["offset"])
         changes = {"given": trial.found["offset"], **changes} if close else changes
     try:
@@ -185,7 +184,7 @@ def _same(trial: Trial, changes: dict[str, Any]) -> bool:
 
 
 def _share_off(trial: Trial, made: dict[str, np.ndarray]) -> float:
-    """The share of all elements in which what was found differs from what was made."""
+    """The share of all elements in which the results found differ from those made."""
     off = total = 0
     for name, x in made.items():
         found = trial.found[name]
@@ -226,7 +225,7 @@ def _masks(keep: np.ndarray | None, rate: float) -> dict[str, Any]:
 
 
 def _forward(x: Any, W: Any, A: Any, B: Any, scale: float, keep: Any = None, rate: float = 0.0) -> Iterator[tuple]:
-    """(output, cause, its value) of every wrong formula for y."""
+    """("y", cause, value) for every wrong formula."""
     right = _masks(keep, rate)[""]
     x, W, A, B = (np.asarray(t, F64) for t in (x, W, A, B))
     s, r = float(scale), len(A)

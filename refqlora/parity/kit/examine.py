@@ -1,4 +1,4 @@
-"""Somebody else's kernel held against the vectors, by the protocol in __init__.py: `refqlora parity --against`."""
+"""Somebody else's kernel compared with the vectors, by the protocol in parity/__init__.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...quantization import BLOCK_SIZES, quantize_constants
+from ..cases import unpacked
 from ..differences import in_one_line, relative_difference
 from .diagnosis import LORA_BOUND, Trial, explain, explain_lora, positions
 from .trials import FLOATS, trials
@@ -35,7 +36,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: in which function and case, what differs and where, and the likely cause, if known."""
+    """One thing that is wrong: the function and case, what differs and where, and the likely cause, if known."""
 
     function: str
     case: str
@@ -50,14 +51,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one function: how many calls it was put through and what was found; nothing, where it is right."""
+    """One function's number of calls, and the findings; none if it is right."""
 
     function: str
     calls: int
     findings: tuple[Finding, ...]
 
     def lines(self, shown: int = 3) -> Iterator[str]:
-        """One line a finding, but of those with one cause the first few; or one line that all is right."""
+        """A line for each finding, but only the first few with the same cause; or one line if all is right."""
         if not self.findings:
             exact = f"relative {LORA_BOUND:.0e}" if self.function.startswith("lora") else "no bit may differ"
             yield f"{self.function} · {self.calls} calls · {exact} · OK"
@@ -80,14 +81,14 @@ def load_kernel(name: str) -> ModuleType:
     path = Path(name)
     here = str(path.resolve().parent) if path.suffix == ".py" else ""
     if here not in sys.path:
-        sys.path.insert(0, here)  # its neighbours can be imported
+        sys.path.insert(0, here)  # so that it can import its neighbours
     try:
         if path.suffix == ".py":
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None
-            assert spec.loader is not None  # there is one for .py
+            assert spec.loader is not None  # as its name ends in .py
             module = importlib.util.module_from_spec(spec)
             with contextlib.redirect_stdout(sys.stderr):
                 spec.loader.exec_module(module)
@@ -99,7 +100,7 @@ def load_kernel(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}{_place(error)}") from None
     if not offered(module):
-        raise ValueError(f"{name}: has none of the functions {', '.join(FUNCTIONS)}")
+        raise ValueError(f"{name}: expected any of the functions {', '.join(FUNCTIONS)}, got none")
     return module
 
 
@@ -109,7 +110,7 @@ def offered(module: ModuleType) -> list[str]:
 
 
 def examine(module: ModuleType, function: str, seed: int = 0, size: int = 100_000) -> Report:
-    """Put one function of the module through every call, and say what differs. Whatever it raises is a finding."""
+    """Make every call of one function of the module and report what differs. An exception is a finding."""
     block_sizes = _taken(module, "BLOCK_SIZES", BLOCK_SIZES, int)
     dtypes = _taken(module, "DTYPES", FLOATS, lambda dtype: np.dtype(dtype).name)
     calls = trials(function, seed, size, block_sizes, dtypes)
@@ -119,7 +120,7 @@ def examine(module: ModuleType, function: str, seed: int = 0, size: int = 100_00
 
 
 def _taken(module: ModuleType, name: str, known: tuple, kind: Callable[[Any], Any]) -> tuple:
-    """Which of what is known the module says that it takes: all of it, unless it says so."""
+    """The values among `known` that the module lists under `name`; all of them if it has no list."""
     given = getattr(module, name, known)
     try:
         taken = [kind(one) for one in (() if isinstance(given, str) else given)]
@@ -131,7 +132,7 @@ def _taken(module: ModuleType, name: str, known: tuple, kind: Callable[[Any], An
 
 
 def _call(function: Any, trial: Trial) -> None:
-    """Call it, and put what it gave, or its fault, into the trial."""
+    """Call the function and put its results, or its fault, into the trial."""
     arguments = trial.arguments
     before = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
     try:
@@ -148,7 +149,7 @@ def _call(function: Any, trial: Trial) -> None:
     names = tuple(trial.expected)
     outputs = found if isinstance(found, tuple | list) and len(names) > 1 else (found,)
     if len(outputs) != len(names):
-        trial.fault = f"returned {len(outputs)} values where ({', '.join(names)}) is expected"
+        trial.fault = f"returned {len(outputs)} values, expected ({', '.join(names)})"
         return
     for name, output in zip(names, outputs, strict=True):
         _accept(trial, name, output, outputs)
@@ -156,13 +157,13 @@ def _call(function: Any, trial: Trial) -> None:
             trial.found = {}
             return
     if trial.function == "quantize_constants" and "offset" not in trial.wrong():
-        # A mean may differ in its last bits, and all else follows from it: hold the rest against theirs.
+        # A mean may differ in its last bits, and the other results depend on it: compare them for the kernel's offset.
         codes, nested_absmax, _ = quantize_constants(trial.arguments[0], offset=np.float32(trial.found["offset"]))
         trial.expected |= {"codes": codes, "nested_absmax": nested_absmax}
 
 
 def _place(error: BaseException) -> str:
-    """The line of the kernel's own file that raised it, or called what did; "" for a kernel without lines."""
+    """The line in the kernel's own file that raised the error, directly or in a call; "" if there is none."""
     every = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in every if frame.filename != __file__ and "importlib" not in frame.filename]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
@@ -176,7 +177,7 @@ def _accept(trial: Trial, name: str, output: Any, outputs: Sequence[Any]) -> Non
         x = np.asarray(output)
     except Exception as error:
         x = np.array(None)
-        trial.fault = f"{name} is no array: {in_one_line(error)}"
+        trial.fault = f"{name} is not an array: {in_one_line(error)}"
         return
     if x.dtype == object:
         trial.fault = f"{name} is {type(output).__name__}, expected an array"
@@ -218,13 +219,13 @@ def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any])
 
 
 def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
-    causes: dict[tuple[int, str], str] = {}  # of a call and an output
+    causes: dict[tuple[int, str], str] = {}  # {(number of a call, output): cause}
     only = ""
     if calls and calls[0].function.startswith("lora"):
         wrong = {name: [i for i, trial in enumerate(calls) if name in trial.wrong()] for name in calls[0].expected}
         of_output = {name: explain_lora(calls, name) for name, numbers in wrong.items() if numbers}
         causes = {(i, name): cause for name, cause in of_output.items() for i in wrong[name]}
-        # What fits the calls that went through is why others did not: a matrix transposed, as when in = out.
+        # The cause of wrong results also explains why other calls failed: a transposed matrix fits only if in = out.
         only = next(iter(of_output.values())) if len(set(of_output.values())) == 1 else ""
     elif calls:
         causes = {(i, name): cause for i, cause in explain(calls).items() for name in calls[i].expected}
@@ -236,7 +237,7 @@ def _findings(calls: Sequence[Trial]) -> Iterator[Finding]:
 
 
 def _difference(trial: Trial, name: str) -> str:
-    """What differs in one output, and where first."""
+    """What differs in one output, and where it differs first or most."""
     found, expected = trial.found[name], trial.expected[name]
     if trial.function.startswith("lora"):
         off = np.abs(found - expected.astype(np.float64))
@@ -247,7 +248,7 @@ def _difference(trial: Trial, name: str) -> str:
         return f"the offset: got {float(found)!r}, expected {float(expected)!r}"
     if name == "packed":
         name = "codes"
-        found, expected = (np.stack([p >> 4, p & 15], axis=1).reshape(-1) for p in (found, expected))
+        found, expected = unpacked(found), unpacked(expected)
     found, expected = found.reshape(-1), expected.reshape(-1)
     off = positions(name, found, expected)
     first = int(off[0])

@@ -1,7 +1,7 @@
-"""What each function of a kernel must compute, in the fewest lines, and the ways in which people get it wrong.
+"""The definitions of a kernel's exact functions, in the fewest lines, and the mistakes that people make in them.
 
-Each definition takes keywords that change one thing. The defaults are right; every other value is a mistake that the
-diagnosis (diagnosis.py) knows by name. They are written apart from the engine, so that each checks the other.
+Each definition takes keywords that change one thing. The defaults are right; every other value is a mistake that
+diagnosis.py knows by name. The definitions are independent of the engine, so that each checks the other.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def quantize(
 
 
 def in_blocks(flat: np.ndarray, shape: tuple[int, ...], size: int, blocks: str) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks, filled up with zeros, (blocks, size), and how many elements each has, (blocks,)."""
+    """The blocks, padded with zeros, (blocks, size), and the number of elements in each, (blocks,)."""
     row = flat.size if blocks == "flat" else shape[-1]
     a_row = -(-row // size)
     filled = np.zeros((flat.size // row, a_row * size), flat.dtype)
@@ -198,7 +198,7 @@ def quantize_constants(
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """-> codes uint8 (blocks,), nested absmax float32 (ceil(blocks / 256),), offset float32.
 
-    `given` is an offset to use instead: a mean in float32 depends on the order of summation.
+    given: an offset to use instead, as a mean in float32 depends on the order of summation.
     """
     averages: dict[str, Any] = {"mean": np.mean, "median": np.median, "minimum": np.min, "none": lambda x: 0.0}
     mean = F32(averages[offset](absmax.astype(np.float64))) if given is None or offset != "mean" else F32(given)
@@ -249,21 +249,3 @@ def dequantize_constants(
 
 
 UNSIGNED = dynamic_map(signed=False)
-
-
-# ---- the LoRA linear ---------------------------------------------------------------------------------------
-
-
-def lora_forward(x: Any, W: Any, A: Any, B: Any, scale: float, *, factor: Any = 1.0, mask: Any = 1.0) -> np.ndarray:
-    """y = x W^T + scale (x A^T) B^T in float64, (N, out); `mask` is dropout's, keep / (1 - rate)."""
-    x, W, A, B = (np.asarray(t, np.float64) for t in (x, W, A, B))
-    return x @ W.T + factor * float(scale) * ((x * mask) @ A.T) @ B.T
-
-
-def lora_backward(
-    dy: Any, x: Any, W: Any, A: Any, B: Any, scale: float, *, mask: Any = 1.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dx (N, in), dA (r, in), dB (out, r) in float64."""
-    dy, x, W, A, B = (np.asarray(t, np.float64) for t in (dy, x, W, A, B))
-    s = float(scale)
-    return dy @ W + s * (dy @ B @ A) * mask, s * (dy @ B).T @ (x * mask), s * dy.T @ ((x * mask) @ A.T)

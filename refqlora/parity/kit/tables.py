@@ -1,4 +1,4 @@
-"""A kernel's own table, read off what it gave: an entry that is wrong, or thresholds that are not midpoints."""
+"""A kernel's own table, inferred from its results: a wrong entry, or thresholds that are not midpoints."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...codebooks import NF4
+from ..cases import unpacked
 from .mistakes import F32, TINY, in_blocks
 
 if TYPE_CHECKING:
     from .diagnosis import Mistake, Trial
 
-MIDPOINTS = (NF4[1:] + NF4[:-1]) / F32(2)  # (15,): code k holds up to MIDPOINTS[k], that included
+MIDPOINTS = (NF4[1:] + NF4[:-1]) / F32(2)  # (15,): code k is for x up to and including MIDPOINTS[k]
 
 
 def own_table(trials: Sequence[Trial]) -> list[Mistake]:
-    """What explains these calls of quantize or dequantize if the kernel has a table of its own; [] or one."""
+    """The mistake that explains these calls of quantize or dequantize by a table of the kernel's own, or []."""
     called = [trial for trial in trials if trial.found]
     if called[0].function == "quantize":
         return _thresholds(called)
@@ -25,12 +26,12 @@ def own_table(trials: Sequence[Trial]) -> list[Mistake]:
 
 
 def _values(called: Sequence[Trial]) -> list[Mistake]:
-    """From weights (n,) whose absmax is 1: they are the table's values."""
+    """Read the table from weights whose absmax is 1: they are its values."""
     table = NF4.copy()
     for trial in called:
         packed, absmax, block_size, shape = trial.arguments
         n = int(np.prod(shape))
-        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
+        codes = unpacked(packed)[:n]
         plain = np.repeat(absmax == 1, block_size)[:n]
         table[codes[plain]] = trial.found["weights"].reshape(-1)[plain]
     off = np.flatnonzero(table != NF4)
@@ -41,16 +42,15 @@ def _values(called: Sequence[Trial]) -> list[Mistake]:
 
 
 def _thresholds(called: Sequence[Trial]) -> list[Mistake]:
-    """From the largest scaled weight that got a code and the least that got the next one: between them it changes."""
+    """Read the thresholds from the largest scaled weight with each code and the least one with the next code."""
     largest, least = np.full(16, -np.inf), np.full(16, np.inf)
     for trial in called:
         x = _scaled(*trial.arguments)
-        packed = trial.found["packed"]
-        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: x.size]
+        codes = unpacked(trial.found["packed"])[: x.size]
         np.maximum.at(largest, codes, x)
         np.minimum.at(least, codes, x)
-    low = np.maximum.accumulate(largest)[:-1]  # (15,): code k or a lower one holds up to here at least
-    high = np.minimum.accumulate(least[::-1])[::-1][1:]  # (15,): and here no longer
+    low = np.maximum.accumulate(largest)[:-1]  # (15,): threshold k is at least this
+    high = np.minimum.accumulate(least[::-1])[::-1][1:]  # (15,): and less than this
     moved = (low > MIDPOINTS) | (high <= MIDPOINTS)
     if not moved.any() or not np.isfinite([low, high]).all() or (low >= high).any():
         return []
@@ -59,7 +59,7 @@ def _thresholds(called: Sequence[Trial]) -> list[Mistake]:
 
 
 def _scaled(w: np.ndarray, block_size: int) -> np.ndarray:
-    """What the codes are of, flat: (n,) of float32."""
+    """The scaled weights that are encoded, float32 (n,)."""
     rows, counts = in_blocks(np.ascontiguousarray(w).reshape(-1).astype(F32), w.shape, block_size, "flat")
     divisor = np.maximum(np.abs(rows).max(axis=1), TINY)[:, None]
     full = (counts == block_size)[:, None]
@@ -77,7 +77,7 @@ def _evenly_spaced(low: np.ndarray, high: np.ndarray) -> str:
 
 
 def _entry(low: np.ndarray, high: np.ndarray, moved: np.ndarray) -> str:
-    """One value of the table moves the midpoints on its two sides, each by half as much."""
+    """A wrong value in the table moves the midpoints on both sides by half as much."""
     sides = np.flatnonzero(moved)
     if len(sides) != 2 or sides[1] != sides[0] + 1:
         return ""

@@ -1,4 +1,4 @@
-"""What a kernel's functions are called with, and what they must give: from the file of vectors, and at random."""
+"""The arguments of a kernel's functions and the expected results, from the file of vectors and at random."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...files.reading import read_tensors
 from ...quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize
 from ..cases import WEIGHT_DTYPES, awkward_cases, large_cases, random_cases
 from ..checks import VECTORS
+from ..differences import Observed
 from ..quantization import cases, constants_cases
 from .diagnosis import Trial
 from .mistakes import NF4
 
-Vectors = dict[str, np.ndarray]
 FLOATS = tuple(dtype.name for dtype in WEIGHT_DTYPES)
 
 
@@ -26,7 +26,7 @@ def trials(
     block_sizes: tuple[int, ...] = BLOCK_SIZES,
     dtypes: tuple[str, ...] = FLOATS,
 ) -> list[Trial]:
-    """Every call of this function; random tensors have `size` weights together. Only block sizes and dtypes given."""
+    """Every call of this function with these block sizes and dtypes; random tensors have `size` weights in total."""
     vectors = dict(read_tensors(VECTORS))
     if function in ("quantize", "dequantize"):
         tensors = _quantized(vectors, seed, size)
@@ -37,8 +37,8 @@ def trials(
     return list(_lora(function, vectors))
 
 
-def _quantized(vectors: Vectors, seed: int, size: int) -> Iterator[tuple[np.ndarray | None, QuantizedTensor, str]]:
-    """(w, what it is quantised to, the case's name)."""
+def _quantized(vectors: Observed, seed: int, size: int) -> Iterator[tuple[np.ndarray | None, QuantizedTensor, str]]:
+    """(w, its quantised tensor, the case's name)."""
     order = [case.key for case in (*awkward_cases(), *large_cases())]
     for case, parts in sorted(cases(vectors), key=lambda found: order.index(found[0].key)):
         if case.kind == "nf4":
@@ -68,7 +68,7 @@ def _dequantize(w: np.ndarray | None, q: QuantizedTensor, name: str, dtypes: tup
         yield Trial("dequantize", name, (q.packed, q.absmax, q.block_size, q.shape), expected)
 
 
-def _constants(function: str, vectors: Vectors) -> Iterator[Trial]:
+def _constants(function: str, vectors: Observed) -> Iterator[Trial]:
     for name, parts in constants_cases(vectors):
         absmax, offset = parts["absmax"], np.float32(parts["offset"])
         codes, nested_absmax = vectors[f"8bit/{name}/nearest"], parts["nested_absmax"]
@@ -80,7 +80,7 @@ def _constants(function: str, vectors: Vectors) -> Iterator[Trial]:
             yield Trial(function, name, (codes, nested_absmax, offset), {"absmax": back})
 
 
-def _lora(function: str, vectors: Vectors) -> Iterator[Trial]:
+def _lora(function: str, vectors: Observed) -> Iterator[Trial]:
     for case in sorted({key.split("/")[1] for key in vectors if key.startswith("lora/")}):
         part = {key.rsplit("/", 1)[1]: x for key, x in vectors.items() if key.startswith(f"lora/{case}/")}
         arguments: tuple = (part["x"], part["W"], part["A"], part["B"], float(part["scale"]))
