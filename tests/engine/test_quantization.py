@@ -450,7 +450,7 @@ def test_codebook_is_checked():
 
 
 def test_nested_is_checked():
-    with pytest.raises(ValueError, match='nested: expected one of nearest, bitsandbytes, got \'exact\''):
+    with pytest.raises(ValueError, match="nested: expected one of nearest, bitsandbytes, got 'exact'"):
         quantize(np.ones(4, np.float32), nested="exact")
 
 
