@@ -5,13 +5,13 @@
     model = rq.Model.from_pretrained(rq.BUNDLED, quantize="nf4")
     model.add_adapter(rank=16, alpha=32)
     logits, cache = model.forward(tokens)                # tokens (B, T)
-    loss, dlogits = rq.cross_entropy(logits, labels)     # labels (B, T), -100 where none counts
+    loss, dlogits = rq.cross_entropy(logits, labels)     # labels (B, T), -100: does not count
     grads = model.backward(dlogits, cache)
     model.save_adapter("out")
 
 Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: every file at the top of this package.
 
-    backend, checks, reprs                                    arrays, values at the doors, tables in notebooks
+    backend, checks, reprs                                    NumPy or CuPy, input checked, tables in notebooks
     codebooks, quantization, quantization_error               4 bits
     functional, attention, rope, lora                         the operations, each forward beside its backward
     architectures, config, patterns, lora_config              which parts a model has, and which of them adapters sit on
@@ -19,7 +19,7 @@ Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: e
     kv_cache, layer, lm_head, decoder                         a whole decoder
     model, optim, resume, training                            the front door, and training
 
-What surrounds the engine has a folder each: files, text, memory, parity, figures, commands.
+The rest of the package surrounds the engine, a folder each: files, text, memory, parity, figures, commands.
 """
 
 from importlib import import_module
@@ -61,7 +61,7 @@ __all__ = [
     "train",
 ]
 
-_HOME = {  # where each public name is defined: a file is loaded when a name of it is first used
+_HOME = {  # the file of each public name, loaded when the name is first used
     "adapters": ["Adapter"],
     "codebooks": ["NF4", "normal_float"],
     "config": ["Config"],

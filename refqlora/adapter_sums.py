@@ -1,4 +1,4 @@
-"""Adapters combined: as plain LoRA, and several into one whose change is their weighted sum."""
+"""Adapters rewritten as plain LoRA, and several combined into one whose change is their weighted sum."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from .quantization import QuantizedTensor
 
 
 def as_lora(adapter: Adapter) -> Adapter:
-    """The same function as plain LoRA (or DoRA) on the model's own weights, at twice the rank.
+    """A PiSSA or OLoRA adapter as plain LoRA (or DoRA) on the model's own weights, at twice the rank.
 
-    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], with A0 and B0 from the start of PiSSA or OLoRA: what PEFT's
-    `path_initial_model_for_weight_conversion` writes. On a quantised model it is not quite the same, and a warning says
-    so: there the adapter learnt on Q(W - s B0 A0), and will sit on Q(W). An adapter that has no residual is returned as
-    it is.
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], where A0 and B0 are A and B before training. PEFT writes the same with
+    `path_initial_model_for_weight_conversion`. On a quantised model the result differs a little, and a warning says so:
+    the adapter was trained on Q(W - s B0 A0), and now sits on Q(W). An adapter without a residual is returned as it is.
     """
     config, params, start = adapter.config, adapter.params, adapter.start
     if not start:
         return adapter
     if any(isinstance(weight, QuantizedTensor) for weight in adapter.residual.values()):
         warnings.warn(
-            f"as plain LoRA this {config.init} adapter is not quite what was trained: it learnt on a residual that is "
-            "quantised, which differs from the quantised weight less its start",
+            f"as plain LoRA this {config.init} adapter is not quite what was trained: it learnt on a quantised "
+            "residual, which differs from the quantised weight minus the adapter's start",
             stacklevel=3,
         )
     xp = array_module(next(iter(params.values())))
@@ -58,20 +57,20 @@ METHODS = ("cat", "svd", "linear")
 def combine_adapters(
     adapters: Mapping[str, Adapter], factors: Mapping[str, float], method: str = "cat", rank: int | None = None
 ) -> Adapter:
-    """A LoRA whose change is the sum of `factors[name]` times each adapter's s B A; scales and ranks may differ.
+    """A LoRA whose change is the sum of each adapter's s B A times its factor; scales and ranks may differ.
 
     cat      exact: A = [f1 s1 A1; f2 s2 A2; ...], B = [B1, B2, ...]; the ranks add up
-    svd      the best approximation of rank `rank` (default: the largest of theirs), by each linear's SVD; exact where
-             `rank` is the sum of the ranks or more
-    linear   A = sum of sqrt(f s) A_i, B = sum of sqrt(f s) B_i, of equal ranks: B A then has cross terms
+    svd      the best approximation of rank `rank` (default: the largest of theirs), by each linear's SVD; exact if
+             `rank` is at least the sum of the ranks
+    linear   A = sum of sqrt(f s) A_i, B = sum of sqrt(f s) B_i, for equal ranks: B A then has cross terms
              sqrt(f1 s1 f2 s2) (B1 A2 + B2 A1), which are as large as the sum itself unless the adapters are alike
 
-    The same as PEFT's add_weighted_adapter, which for rsLoRA adapters scales the result by sqrt(r) too much. alpha is
-    the rank, so that the scale is 1; where fewer rows are needed the rest are zeros; the first adapter's dropout is
-    taken. PiSSA and OLoRA count as the LoRA that they are equal to (`as_lora`).
+    As PEFT's add_weighted_adapter, except for rsLoRA adapters, where PEFT scales the result by sqrt(r) too much. The
+    result's alpha is its rank, so that its scale is 1; a linear that needs less rank is padded with zeros; dropout is
+    the first adapter's. PiSSA and OLoRA adapters enter as plain LoRA (`as_lora`).
 
-    Raises ValueError for an unknown method, a factor that is not finite, a DoRA (no sum of changes is a DoRA), ranks
-    that are not equal where they must be, and an adapter that sits on a quantised residual.
+    Raises ValueError for an unknown method, a factor that is not finite, a DoRA (no sum of changes is a DoRA), unequal
+    ranks with "linear", and an adapter that sits on a quantised residual.
     """
     _check(adapters, factors, method, rank)
     parts = [(as_lora(adapters[name]), factor) for name, factor in factors.items()]
@@ -122,12 +121,12 @@ def _check(adapters: Mapping[str, Adapter], factors: Mapping[str, float], method
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {shown(method)}")
     if rank is not None and method != "svd":
-        raise ValueError(f'rank: expected with method "svd" only; "{method}" has its own')
+        raise ValueError(f'rank: expected only with method "svd", got {shown(rank)} with "{method}"')
     numbers = all(isinstance(factor, Real) and abs(factor) < float("inf") for factor in factors.values())
     if not factors or not numbers:
-        raise ValueError(f"factors: expected adapters with a finite number each, got {shown(dict(factors))}")
+        raise ValueError(f"factors: expected a finite number for each adapter, got {shown(dict(factors))}")
     for name in factors:
         if adapters[name].config.dora:
-            raise ValueError(f"adapter {name!r} is a DoRA: it rescales rows, and such changes do not add up")
+            raise ValueError(f"adapter {name!r} is a DoRA: it rescales rows, so its change cannot be added to others")
         if any(isinstance(w, QuantizedTensor) for w in adapters[name].residual.values()):
             raise ValueError(f"adapter {name!r} sits on a quantised residual of its own: combine it on a dense model")

@@ -1,14 +1,14 @@
 """Adapters: made new, and put onto a model's weights.
 
-One is a config and a dict of arrays by PEFT's names:
+An adapter is a config and a dict of arrays under PEFT's names:
 
     model.layers.0.self_attn.q_proj.lora_A.weight            (r, in)
     model.layers.0.self_attn.q_proj.lora_B.weight            (out, r)
     model.layers.0.self_attn.q_proj.lora_magnitude_vector    (out,)      with DoRA
 
-PiSSA and OLoRA move the largest part of a weight into B A, so that what the adapter sits on is the residual, W - s B A.
-PEFT overwrites W with it; then the model with its adapters off is no longer the model, and a second adapter takes the
-first one's residual apart. Here W stays as it is, and such an adapter carries the residuals of its own linears.
+PiSSA and OLoRA move the largest part of a weight into B A, and the adapter sits on the residual, W - s B A. PEFT
+overwrites W with it; then the model with its adapters off is no longer the model, and a second adapter starts from the
+first one's residual. Here W stays as it is, and such an adapter carries the residuals of its own linears.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """One adapter: its config and its arrays, `params`.
+    """An adapter: its config and its arrays, `params`, under PEFT's names.
 
-    PiSSA and OLoRA only: `residual`, the weights that it sits on in place of the model's, by their names, and `start`,
+    With PiSSA and OLoRA also `residual`, {name: weight} that it sits on in place of the model's weights, and `start`,
     A and B as they were before training.
+
+        >>> model = rq.Model.from_pretrained(rq.BUNDLED)
+        >>> model.add_adapter(rank=8, targets=("q_proj", "v_proj"))
+        >>> adapter = model.adapters["default"]
+        >>> adapter.params[adapter.linears[0] + ".lora_A.weight"].shape
+        (8, 192)
     """
 
     config: LoraConfig
@@ -50,18 +56,18 @@ class Adapter:
         return [name.removesuffix(A) for name in self.params if name.endswith(A)]
 
     def lora(self, linear: str) -> LoRA | None:
-        """What `linear_forward` takes; None for a linear without."""
+        """What `linear_forward` takes for this linear; None if it has no adapter."""
         if linear + A not in self.params:
             return None
         a, b, magnitude = self.params[linear + A], self.params[linear + B], self.params.get(linear + MAGNITUDE)
         return LoRA(a, b, self.config.scale_of(linear), self.config.dropout, magnitude)
 
     def unchanged(self) -> list[str]:
-        """The linears whose B is zero throughout, so that B A changes nothing there, as before any training."""
+        """The linears whose B is all zeros, so that B A changes nothing there, as before any training."""
         return [linear for linear in self.linears if not self.params[linear + B].any()]
 
     def facts(self) -> dict[str, Any]:
-        """What a person wants to know of it: its kind, the range of rank and alpha, where it sits, how large it is."""
+        """Its kind, ranks and alphas, where it sits and how large it is, as it shows itself in a notebook."""
         config, linears = self.config, self.linears
         start = {"pissa": "PiSSA", "olora": "OLoRA"}.get(config.init.partition("_")[0])
         ranks = {config.rank_of(linear) for linear in linears}
@@ -88,8 +94,7 @@ class Adapter:
 
 
 def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str) -> tuple[Weight, LoRA | None]:
-    """A linear's weight (out, in) under `adapter`, the model's unless the adapter brings a residual; and its LoRA, or
-    None."""
+    """A linear's weight (out, in) under `adapter`, the residual or else the model's; and its LoRA or None."""
     weight = params[linear + ".weight"]
     if adapter is None:
         return weight, None
@@ -99,11 +104,11 @@ def linear_of(params: Mapping[str, Weight], adapter: Adapter | None, linear: str
 def new_adapter(
     config: LoraConfig, weights: Mapping[str, Weight], linears: Iterable[str], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
-    """An adapter on those of `linears` that the config names, started as the config says.
+    """A new adapter on the linears that the config selects among `linears`.
 
-    Whatever the start, the model's function stays what it was, up to rounding; with a residual that is quantised, up to
-    its quantisation. DoRA's magnitudes start as the lengths of the rows. Raises ValueError where something in the
-    config matches no linear, or a start is not possible.
+    Whatever `init` is, the model computes what it did before, up to rounding, or up to quantisation if the residual is
+    quantised. DoRA's magnitudes start as the lengths of the rows. Raises ValueError if a part of the config matches no
+    linear, or `init` is not possible.
     """
     linears = list(linears)
     chosen = config.matches(linears)
@@ -115,6 +120,7 @@ def new_adapter(
 def _started(
     config: LoraConfig, linears: list[str], weights: Mapping[str, Weight], dtype: np.dtype, seed: int = 0
 ) -> Adapter:
+    """The adapter on `linears` as it is before training."""
     rng = np.random.default_rng(seed)
     params: dict[str, Array] = {}
     start: dict[str, Array] = {}
@@ -133,7 +139,7 @@ def _started(
             params[linear + MAGNITUDE] = lengths = row_norms(dense(weight, dtype), LoRA(a, b, scale))
             if not lengths.all():
                 row = int((lengths == 0).argmax())
-                raise ValueError(f"{linear}: row {row} of its weight is zero: DoRA divides by it")
+                raise ValueError(f"{linear}: row {row} of its weight is zero, and DoRA divides by its length")
     return Adapter(config, params, residuals, start)
 
 
@@ -145,11 +151,11 @@ def adapter_from_file(
     dtype: np.dtype,
     where: str,
 ) -> Adapter:
-    """The adapter that a file holds, on these weights: every array there and of the right shape, cast to `dtype`.
+    """The adapter read from a file, checked against the model's weights and cast to `dtype`.
 
-    The residual of PiSSA and OLoRA is made again from the weights, as PEFT does. Raises ValueError that begins with
-    `where` for an array that is missing, unexpected, misshapen or not finite. Warns, as nothing is lost, where a part
-    of the config matches no linear, alpha is 0, or two keys of alpha_pattern compete.
+    The residual of PiSSA and OLoRA is computed again from the weights, as in PEFT. Raises ValueError that begins with
+    `where` if an array is missing, unexpected, misshapen or not finite. Only warns, as nothing is lost, if a part of
+    the config matches no linear, alpha is 0, or two keys of alpha_pattern with different values match one linear.
     """
     linears, shapes = list(linears), dict[str, tuple[int, ...]]()
     with _naming(where):
@@ -164,11 +170,11 @@ def adapter_from_file(
         made = _started(config, chosen, weights, dtype) if config.changes_base else Adapter(config, {})
     said = config.idle(linears)
     if without := [linear for linear in chosen if not config.alpha_of(linear)]:
-        said.append(f"alpha of {without[0]} is 0: there the adapter changes nothing")
+        said.append(f"alpha of {without[0]} is 0, so the adapter changes nothing there")
     if rivals := [(linear, keys) for linear in chosen if (keys := config.rivals("alpha_pattern", linear))]:
         said.append(
-            f"alpha_pattern: {' and '.join(rivals[0][1])} both fit {rivals[0][0]}, and the first counts: PEFT sorts "
-            "them when it saves, so that another may have been first in training"
+            f"alpha_pattern: {' and '.join(rivals[0][1])} match {rivals[0][0]}, and the first counts; PEFT sorts them "
+            "when it saves, so another may have been first in training"
         )
     for sentence in said:
         warnings.warn(f"{where}: {sentence}", stacklevel=3)
@@ -183,7 +189,7 @@ def adapter_from_file(
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Errors begin with the name of what is at fault."""
+    """Let ValueErrors begin with `what`, the name of what is at fault."""
     try:
         yield
     except ValueError as error:
@@ -191,11 +197,11 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def warn_if_untrained(adapter: Adapter, where: str) -> None:
-    """Warn where B is zero in an adapter that is to be used, not trained."""
+    """Warn if B is all zeros in an adapter that is to be used, not trained."""
     if unchanged := adapter.unchanged():
         warnings.warn(
-            f"{where}: {len(unchanged)} of {len(adapter.linears)} lora_B are zero throughout ({unchanged[0]}{B}): "
-            "there B A changes nothing, as before any training",
+            f"{where}: {len(unchanged)} of {len(adapter.linears)} lora_B are all zeros ({unchanged[0]}{B}), "
+            "so B A changes nothing there, as before any training",
             stacklevel=2,
         )
 
@@ -212,12 +218,12 @@ def init_lora(
 
     default          A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero
     gaussian         A normal with std 1/r, B zero (the LoRA paper's)
-    pissa            W = U S V^T, of which the top r: B = U sqrt(S/s), A = sqrt(S/s) V^T (Meng et al. 2024, eq. 2-4)
-    pissa_niter_N    the same from a randomised decomposition with N power iterations (Halko et al. 2011, alg. 4.4)
+    pissa            W = U S V^T: B = U sqrt(S/s), A = sqrt(S/s) V^T of the r largest S (Meng et al. 2024, eq. 2-4)
+    pissa_niter_N    the same from a randomised SVD with N power iterations (Halko et al. 2011, alg. 4.4)
     olora            W = Q R: B the first r columns of Q, A the first r rows of R (Buyukakyuz 2024)
 
-    Raises ValueError for a start from the weight whose rank is larger than the weight's, and for PiSSA on a quantised
-    weight: it is the dense weight that is to be taken apart.
+    Raises ValueError if PiSSA or OLoRA is to start with a larger rank than the weight allows, and for PiSSA on a
+    quantised weight: it decomposes the dense one.
     """
     out_features, in_features = weight.shape
     xp = array_module(weight.packed if isinstance(weight, QuantizedTensor) else weight)
@@ -228,13 +234,13 @@ def init_lora(
         return xp.asarray(a.astype(dtype)), xp.zeros((out_features, rank), dtype)
 
     if rank > min(weight.shape):
-        raise ValueError(f"{init} takes rank {min(weight.shape)} at most from a weight of shape {weight.shape}")
+        raise ValueError(f"rank: expected at most {min(weight.shape)} for {init} on shape {weight.shape}, got {rank}")
     if init == "olora":
         q, r = xp.linalg.qr(dense(weight, dtype))  # (out, k), (k, in)
         return xp.ascontiguousarray(r[:rank]), xp.ascontiguousarray(q[:, :rank])
     if isinstance(weight, QuantizedTensor):
         raise ValueError(
-            f"{init} takes the dense weight apart, and it is quantised already: "
+            f"{init} decomposes the dense weight, and this one is quantised already: "
             "load the model dense, add the adapter, then quantize()"
         )
     if init == "pissa":
@@ -246,8 +252,8 @@ def init_lora(
 
 
 def residual(weight: Weight, a: Array, b: Array, scale: float) -> Weight:
-    """W - s B A in W's dtype; of a quantised W what it dequantises to less s B A, quantised again in the same way
-    (as PEFT does for OLoRA)."""
+    """W - s B A in W's dtype; a quantised W is dequantised for it, and the result quantised in the same way (as PEFT
+    does for OLoRA)."""
     rest = dense(weight, a.dtype) - (scale * b) @ a  # (out, in)
     return requantize(rest, weight) if isinstance(weight, QuantizedTensor) else rest.astype(weight.dtype)
 
@@ -258,7 +264,8 @@ def requantize(w: Array, like: QuantizedTensor) -> QuantizedTensor:
 
 
 def _randomised_svd(w: Array, rank: int, iterations: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """U (out, r), S (r,), V^T (r, in): the SVD of w on a subspace that power iterations turn towards its largest r."""
+    """U (out, r), S (r,), V^T (r, in): the SVD of w on a random subspace of dimension r, which each power iteration
+    brings nearer to that of the r largest singular values."""
     xp = array_module(w)
     if len(w) < w.shape[1]:
         u, s, vt = _randomised_svd(w.T, rank, iterations, rng)

@@ -1,6 +1,6 @@
 """The architectures: how each differs from Llama, and how its files name and lay out the tensors.
 
-Taken from transformers' modeling_*.py (version 5.23). What a config.json says is in config_json.py.
+Taken from transformers' modeling_*.py (version 5.23). files/config_json.py reads config.json by it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model_type: what its parts are called and which it has. The defaults are Llama's."""
+    """One model_type: which parts it has and what they are called. The defaults are Llama's."""
 
-    transformers: str  # the class that reads the files
+    transformers: str  # the class that reads its files
     embedding: str = "model.embed_tokens"
     positions: str | None = None  # an embedding of the positions, in place of RoPE
     padding: bool = True  # the embedding of pad_token_id gets no gradient (torch's padding_idx)
-    scaled_embedding: bool = False  # by sqrt(D)
+    scaled_embedding: bool = False  # the embedding is multiplied by sqrt(D)
 
     layers: str = "model.layers."  # followed by the layer's number, a dot, and one of these:
     attention_norm: str = "input_layernorm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # or one linear for all three
-    qk_norm: tuple[str, ...] = ()  # of each head of q and of k, before RoPE
+    qk_norm: tuple[str, ...] = ()  # norms of each head of q and of k, before RoPE
     attention_out: str = "self_attn.o_proj"
-    attention_post_norm: str | None = None  # of what attention adds to the residual stream
+    attention_post_norm: str | None = None  # norm of what attention adds to the residual stream
     mlp_norm: str = "post_attention_layernorm"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one linear for both
     mlp_out: str = "mlp.down_proj"
-    mlp_post_norm: str | None = None
+    mlp_post_norm: str | None = None  # norm of what the MLP adds
     final_norm: str = "model.norm"
 
     gated: bool = True  # the MLP is act(gate) * up; else act(in)
@@ -39,14 +39,14 @@ class Architecture:
     conv1d: bool = False  # files hold the linears' weights as (in, out)
 
     sliding: str | None = None  # which layers may slide: "all", "even", "upper" (those from max_window_layers on)
-    options: tuple[str, ...] = ()  # of Config's fields, those that config.json states under the same names
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # and those that it leaves unsaid: they are always so
-    keys: Mapping[str, str] = field(default_factory=dict)  # Llama's key in config.json: what it is called here
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what config.json may leave out
+    options: tuple[str, ...] = ()  # the fields of Config that config.json states under the same names
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # those that it does not state, and their values
+    keys: Mapping[str, str] = field(default_factory=dict)  # {Llama's key in config.json: this one's}
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # keys that config.json may leave out, and their values
 
     @property
     def prefix(self) -> str:
-        """What the names begin with, all but the output head's: "model." or "transformer."."""
+        """What every name but the output head's begins with: "model." or "transformer."."""
         return self.embedding.split(".")[0] + "."
 
     def key(self, key: str) -> str:
@@ -137,6 +137,3 @@ ARCHITECTURES = {
         },
     ),
 }  # fmt: skip
-
-
-# ---- the tensors of a file -------------------------------------------------------------------------------------

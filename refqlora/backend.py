@@ -1,4 +1,4 @@
-"""Which array module an array belongs to, and what the process can use: the only file that knows about devices."""
+"""Which module an array belongs to, NumPy or CuPy, and what this process may use. No other file knows of devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = Any  # a numpy.ndarray or a cupy.ndarray: the engine runs on either
 
 
 def array_module(x: Array) -> ModuleType:
-    """The module, numpy or cupy, whose functions work on `x`. If `x` is CuPy's, CuPy has been imported already."""
+    """The module, numpy or cupy, whose functions work on `x`. CuPy is never imported: whoever made `x` has done so."""
     cupy = sys.modules.get("cupy")
     return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
 
@@ -27,7 +27,7 @@ def cores() -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks for reuse instead of handing them back to the system; elsewhere do nothing.
 
-    A training step allocates and frees the same large arrays again and again, and fresh pages cost a fault each.
+    A training step allocates and frees the same large arrays again and again, and each fresh page costs a page fault.
     The process's memory then stays at its peak, so this is for the command line and for scripts, not for import.
     """
     if sys.platform != "linux":

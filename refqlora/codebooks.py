@@ -1,4 +1,4 @@
-"""Codebooks: the values that codes stand for, derived from their definitions, and the one nearest to a number.
+"""Codebooks: the values that codes stand for, derived from their definitions, and the code nearest to a number.
 
 A codebook of 2^b values serves b-bit codes: code i stands for codebook[i] times the block's absmax.
 """
@@ -14,8 +14,8 @@ from scipy.special import ndtri
 from .backend import Array, array_module
 
 
-def _codebook(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """A codebook is derived once for each argument, as a read-only float32 array that all share."""
+def _derived_once(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Derive a codebook once for each argument, and share it as a read-only float32 array."""
 
     @functools.cache
     @functools.wraps(derive)
@@ -28,7 +28,7 @@ def _codebook(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 def _linspace(start: float, stop: float, n: int) -> np.ndarray:
-    """n even steps as torch takes them in float32: (n,) float32.
+    """n evenly spaced values, rounded as torch.linspace rounds them: (n,) float32.
 
     The step is rounded to float32, each half is counted from its own end, and step * i is added without a
     rounding in between (float64 holds the product exactly). numpy.linspace differs in the last bits.
@@ -38,26 +38,29 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(np.float32)
 
 
-@_codebook
+@_derived_once
 def normal_float(bits: int = 4) -> np.ndarray:
     """NormalFloat: quantiles of N(0, 1), scaled to [-1, 1] and sorted. (2^bits,) float32.
 
-    The quantiles of evenly spaced probabilities: 2^(bits-1) from p down to 1/2, without the 1/2, make the
-    positive side, 2^(bits-1) - 1 the negative; each side has its own spacing and with 0 that makes 2^bits. p
-    stops short of 1, whose quantile is infinite, by half a step of an even split of [0, 1]: the mean of the
-    half steps for 2^bits and for 2^bits - 1 values,
+    The probabilities run evenly from p down to 1/2, which is left out. 2^(bits-1) of them give the positive
+    values, 2^(bits-1) - 1, more widely spaced, the negative ones, and 0 completes the 2^bits. The quantile of 1
+    is infinite, so p stops short of it by half a step of an even split of [0, 1]: the mean of the half steps for
+    2^bits and for 2^bits - 1 values,
 
-        p = 1 - (1 / (2 * 2^bits) + 1 / (2 * (2^bits - 1))) / 2        to seven decimals.
+        p = 1 - (1 / (2 * 2^bits) + 1 / (2 * (2^bits - 1))) / 2        rounded to seven decimals.
 
-    For 4 bits it equals bitsandbytes' create_normal_map bit for bit, where p is the literal 0.9677083. The decimals
-    matter: p unrounded is another float32, which moves 12 of the 16 values. Other widths are our generalisation.
-    QLoRA (arXiv 2305.14314) describes the type in section 3; its equation 4, taken literally, is infinite at the
-    ends.
+    For 4 bits the result equals bitsandbytes' create_normal_map bit for bit, where p is the literal 0.9677083. The
+    rounding matters: p unrounded is another float32, which moves 12 of the 16 values. Other widths are our
+    generalisation. QLoRA (arXiv 2305.14314) describes the type in section 3; its equation 4, taken literally, is
+    infinite at the ends.
+
+        >>> rq.normal_float(2)
+        array([-1.        ,  0.        ,  0.43581823,  1.        ], dtype=float32)
 
     Raises ValueError unless bits is 2 to 8.
     """
     if bits not in range(2, 9):
-        raise ValueError(f"normal_float: bits must be 2 to 8, got {bits!r}")
+        raise ValueError(f"normal_float: bits: expected 2 to 8, got {bits!r}")
     p = round(1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2, 7)
     above = ndtri(_linspace(p, 0.5, 2 ** (bits - 1) + 1)[:-1].astype(np.float64))  # (2^(bits-1),)
     below = -ndtri(_linspace(p, 0.5, 2 ** (bits - 1))[:-1].astype(np.float64))  # (2^(bits-1) - 1,)
@@ -65,7 +68,7 @@ def normal_float(bits: int = 4) -> np.ndarray:
     return values / values[-1]
 
 
-@_codebook
+@_derived_once
 def fp4() -> np.ndarray:
     """The 4-bit float of bitsandbytes, by code: sign, two exponent bits e, one mantissa bit m. (16,) float32.
 
@@ -80,22 +83,22 @@ def fp4() -> np.ndarray:
     return (1 - 2 * sign) * size / 12 + 0.0  # adding 0.0 turns -0.0 into 0.0
 
 
-@_codebook
+@_derived_once
 def int4() -> np.ndarray:
     """Even spacing: the integers -8 to 7, divided by 7. (16,) float32.
 
-    Absmax scaling sends the largest weight to 7 or -7, as usual for symmetric int4: code 0 is never chosen.
+    Absmax scaling sends the largest weight to 7 or -7, as is usual for symmetric int4, so code 0 is never chosen.
     """
     return np.arange(-8, 8) / 7
 
 
-@_codebook
+@_derived_once
 def dynamic_map(signed: bool = True) -> np.ndarray:
-    """The dynamic 8-bit map: the smaller the decade, the fewer its values. (256,) float32, sorted.
+    """The dynamic 8-bit map: smaller decades have fewer values. (256,) float32, sorted.
 
     [0.1, 1] is cut into 2^i equal parts (2^(i+1) when unsigned), i = 0..6, and their midpoints are scaled by
-    10^(i-6): fine near 1, and down to 5.5e-7. The signed map is mirrored. 0 and 1 complete the 256, so the
-    signed map begins at -0.993, not at -1; its zero is code 127.
+    10^(i-6): fine near 1, and down to 5.5e-7. The signed map has their negatives as well. 0 and 1 complete the
+    256, so the signed map begins at -0.993, not at -1; its zero is code 127.
 
     Dettmers (arXiv 1511.04561; 8-bit optimisers, arXiv 2110.02861). Equal to bitsandbytes'
     create_dynamic_map bit for bit.
@@ -120,10 +123,10 @@ def nearest(x: Array, codebook: np.ndarray) -> Array:
 
         order = argsort(codebook);  values = codebook[order]       # a stable sort
         thresholds = (values[:-1] + values[1:]) / 2                # float32
-        codes = order[searchsorted(thresholds, x)]                 # as many thresholds as are < x
+        codes = order[searchsorted(thresholds, x)]                 # how many thresholds are below x
 
-    On a CPU a table saves the search. The upper 16 bits of a float32 leave it a small interval, with one
-    threshold in it at most: the table gives the threshold and the code below, one comparison does the rest.
+    On a CPU a table replaces the search. The upper 16 bits of a float32 confine it to an interval that contains
+    at most one threshold. The table holds that threshold and the code below it; one comparison decides.
     """
     xp = array_module(x)
     if xp is not np:
@@ -131,7 +134,7 @@ def nearest(x: Array, codebook: np.ndarray) -> Array:
         return order[xp.searchsorted(thresholds, x)]
     below, threshold, order = _nearest_table(codebook.tobytes())
     upper = (x.view(np.uint32) >> 16).astype(np.intp)
-    codes = below.take(upper, mode="clip")  # nothing is out of range, and "clip" looks no further
+    codes = below.take(upper, mode="clip")  # no index is out of range; "clip" saves the check
     codes += x > threshold.take(upper, mode="clip")
     return codes if order is None else order.take(codes, mode="clip")
 
@@ -147,12 +150,13 @@ def _thresholds(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=32)
 def _nearest_table(codebook: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """By the upper 16 bits of a float32: how many thresholds are below all such numbers, and the threshold
-    among them (inf if none), each (65536,); then the codes in the order of their values, None if sorted."""
+    """Two tables (65536,), indexed by the upper 16 bits of a float32: how many thresholds are below all numbers
+    with those bits, and the threshold among them (inf if none). And the codes in the order of their values (None
+    if the codebook is sorted)."""
     order, thresholds = _thresholds(codebook)
     upper = np.arange(65536, dtype=np.uint32) << 16
     start, end = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
-    end = np.where(np.isfinite(end), end, start)  # inf's; what a NaN finds does not matter
+    end = np.where(np.isfinite(end), end, start)  # inf has an interval to itself; x is not NaN
     below = np.searchsorted(thresholds, np.minimum(start, end))
     if (np.searchsorted(thresholds, np.maximum(start, end)) - below).max() > 1:
         raise ValueError("codebook: two thresholds differ only in the lower 16 bits of their float32")

@@ -1,4 +1,4 @@
-"""A decoder's shape: its numbers, and which parameters follow from them."""
+"""A decoder's numbers, and the parameters that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .architectures import ARCHITECTURES, Architecture
 from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, shown, whole
 from .rope import check_scaling, rope_frequencies
 
-# What each number must be, where it is not None; files/config_json.py holds config.json against the same rules.
+# What each field must be unless it is None; files/config_json.py checks config.json by the same rules.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "heads", "kv_heads", "max_positions"), SIZE),
     "layers": whole(1, 9999),
@@ -22,16 +22,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), POSITIVE),
     **dict.fromkeys(("tied", "attention_bias", "mlp_bias"), SWITCH),
     **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), SWITCH),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), whole(-(2**31))),  # some files have -1 for none
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), whole(-(2**31))),  # some files say -1 for none
     "eos_token_id": TOKENS,
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """A decoder's numbers, by the legend in functional.py; what its parts are called follows from `model_type`.
+    """A decoder's numbers, by the legend in functional.py; `model_type` says which parts it has.
 
     files/config_json.py reads and writes it as transformers' config.json.
+
+        >>> sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, layers=2, heads=2, kv_heads=1, head_dim=8)
+        >>> rq.Config(**sizes).shapes()["model.layers.1.self_attn.k_proj.weight"]
+        (8, 16)
+
+    Raises ValueError that begins with the field at fault.
     """
 
     vocab_size: int  # V
@@ -50,15 +56,15 @@ class Config:
 
     max_positions: int = 2048
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": ..., "factor": ...}: SCALINGS in rope.py has them
-    partial_rotary_factor: float = 1.0  # the part of each head that RoPE turns
+    rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": ..., "factor": ...}: see SCALINGS in rope.py
+    partial_rotary_factor: float = 1.0  # the part of each head that RoPE rotates
 
-    windows: tuple[int | None, ...] | None = None  # of each layer: how many keys a query sees, itself included
+    windows: tuple[int | None, ...] | None = None  # for each layer, how many keys a query sees, its own included
     query_pre_attn_scalar: float | None = None  # attention scores are q k^T / sqrt(this); None: h
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     scale_attn_weights: bool = True  # False: attention scores are q k^T
-    scale_attn_by_inverse_layer_idx: bool = False  # and divided by 1, 2, ... from the first layer on
+    scale_attn_by_inverse_layer_idx: bool = False  # True: those of layer i are divided by i + 1
 
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -73,15 +79,17 @@ class Config:
             raise ValueError(f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {shown(self.model_type)}")
         for field, value in self.architecture.fixed.items():
             if getattr(self, field) != value:
-                raise ValueError(f"{field}: expected {value} of a {self.model_type}, got {getattr(self, field)}")
-        if self.activation not in (("silu", "gelu_tanh") if self.architecture.gated else ("gelu_tanh",)):
-            raise ValueError(f"activation: {shown(self.activation)} does not go with a {self.model_type}")
+                raise ValueError(f"{field}: expected {value} for {self.model_type}, got {getattr(self, field)}")
+        activations = ("silu", "gelu_tanh") if self.architecture.gated else ("gelu_tanh",)
+        if self.activation not in activations:
+            expected = f"{' or '.join(activations)} for {self.model_type}"
+            raise ValueError(f"activation: expected {expected}, got {shown(self.activation)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.architecture.positions is None:
             self._check_rope()
         elif self.heads != self.kv_heads or self.heads * self.head_dim != self.hidden_size:
-            raise ValueError(f"a {self.model_type}'s heads share hidden_size evenly, and each has its own keys")
+            raise ValueError(f"{self.model_type}: its heads share hidden_size evenly, and each has its own keys")
         if self.windows is not None:
             known = {w for w in self.windows if w is not None}
             if len(self.windows) != self.layers or len(known) > 1 or not all(SIZE.fits(w) for w in known):
@@ -93,12 +101,12 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {self.head_dim}")
         if self.partial_rotary_factor > 1 or self.rotary_dim < 1:
-            raise ValueError(f"partial_rotary_factor: {self.partial_rotary_factor} is not a part of head_dim")
+            raise ValueError(f"partial_rotary_factor: expected 1/head_dim to 1, got {self.partial_rotary_factor}")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, pairs=(self.rotary_dim + 1) // 2)
         try:
             with np.errstate(all="ignore"):
-                for length in (1, 2**31 - 1):  # a short text and a long one may have frequencies of their own
+                for length in (1, 2**31 - 1):  # a short text and a long one: their frequencies may differ
                     frequencies, factor = rope_frequencies(
                         self.rope_theta, self.rotary_dim, np.float32, self.rope_scaling, length, self.max_positions
                     )
@@ -106,23 +114,23 @@ class Config:
                         raise ArithmeticError
         except ArithmeticError:
             given = shown({"rope_theta": self.rope_theta, **(self.rope_scaling or {})}, 200)
-            raise ValueError(f"rope_scaling: expected finite frequencies, but they are not with {given}") from None
+            raise ValueError(f"rope_scaling: expected numbers that give finite frequencies, got {given}") from None
 
     # ---- what follows from it ----
 
     @property
     def architecture(self) -> Architecture:
-        """What the parts are called, and which there are."""
+        """Which parts there are, and what they are called."""
         return ARCHITECTURES[self.model_type]
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of each head RoPE turns."""
+        """How many elements of each head RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def rope_regime(self, length: int) -> int:
-        """What RoPE's frequencies depend on in a text of `length` tokens: keys turned in one regime are of no use in
-        another."""
+        """A number that changes when RoPE's frequencies do, as a text grows to `length` tokens: cached keys are valid
+        only within one regime."""
         scaling = self.rope_scaling or {}
         if scaling.get("rope_type") == "dynamic":
             return max(length, self.max_positions)
@@ -135,7 +143,7 @@ class Config:
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of this layer sees, itself included; None: all before it."""
+        """How many keys a query of this layer sees, its own included; None: all up to its own."""
         return None if self.windows is None else self.windows[layer]
 
     def attention_scale(self, layer: int) -> float:
@@ -151,12 +159,12 @@ class Config:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """How many outputs the projections to q, k and v have."""
+        """The sizes of q, k and v: H*h, K*h, K*h."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
 
     @property
     def mlp_sizes(self) -> tuple[int, ...]:
-        """How many outputs the projections into the MLP have: gate and up, or the one."""
+        """The sizes of gate and up, F each; one F if the MLP is not gated."""
         return (self.intermediate_size,) * (2 if self.architecture.gated else 1)
 
     @property
@@ -165,7 +173,7 @@ class Config:
         return self.architecture.embedding + ".weight" if self.tied else "lm_head.weight"
 
     def linears(self) -> list[str]:
-        """The linears inside the layers, in the order of the forward: what adapters and quantisation apply to."""
+        """The linears inside the layers, in the order of the forward: those that adapters and quantisation apply to."""
         a = self.architecture
         names = (*a.qkv, a.attention_out, *a.mlp_in, a.mlp_out)
         return [f"{a.layers}{i}.{name}" for i in range(self.layers) for name in names]
@@ -201,12 +209,12 @@ class Config:
 
 
 def _outputs(names: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
-    """The outputs of each linear: one for each size, or one for all of them side by side."""
+    """{linear: outputs}: a linear for each size, or one linear for all of them side by side."""
     return dict(zip(names, sizes, strict=True)) if len(names) == len(sizes) else {names[0]: sum(sizes)}
 
 
 def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise ValueError that names the first missing, unexpected or misshapen tensor, if there is one."""
+    """Raise ValueError naming the first tensor that is missing, misshapen or unexpected, if there is one."""
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"{where}: {name} {shape} is missing")

@@ -1,7 +1,7 @@
 """The decoder: all layers, forward and backward.
 
     x = embedding(tokens)                 (B, T, D)
-    x = layer(x), one after the other     (B, T, D): layer.py
+    x = layer(x), for each layer          (B, T, D): layer.py
     logits = norm(x) W_head^T             (B, T, V): lm_head.py
 
 Parameters are a plain dict by their Hugging Face names, and gradients carry the same names. A Llama's:
@@ -40,11 +40,11 @@ def decoder_forward(
     recompute: bool = False,
     kv: KVCache | None = None,
 ) -> tuple[Array, dict]:
-    """tokens (B, T) integers -> logits (B, T, V) in `dtype`, in which all is computed, and the cache.
+    """tokens (B, T) integers -> logits (B, T, V), cache. Everything is computed in `dtype`.
 
     rng: turns the adapter's dropout on. recompute: keep only each layer's input and compute the rest again in the
     backward (gradient checkpointing, Chen et al. 2016): the same gradients to the bit, for one more forward.
-    kv: continue after the positions it holds, and add these.
+    kv: continue after the positions that it holds, and add the new ones.
     """
     a = config.architecture
     start = 0 if kv is None else kv.length
@@ -64,7 +64,7 @@ def decoder_forward(
 
     layers = []
     for i in range(config.layers):
-        # A layer draws its dropout masks from a seed of its own, so that recomputing it draws the same ones.
+        # A layer draws its dropout masks from a seed of its own, so that they are the same when it is recomputed.
         seed = None if rng is None else int(rng.integers(2**63))
         y, cache = layer_forward(config, params, adapter, i, x, rope, seed, kv)
         layers.append((x, seed) if recompute else cache)
@@ -84,10 +84,10 @@ def decoder_forward(
 
 
 def decoder_backward(config: Config, params: Mapping[str, Weight], dlogits: Array, cache: dict) -> dict[str, Array]:
-    """The lines of `decoder_forward` from the last to the first: dlogits (B, T, V) -> gradients by name.
+    """The lines of `decoder_forward` in reverse: dlogits (B, T, V) -> {name: gradient}.
 
-    With an adapter in the forward those of its arrays, and of nothing else; without one those of every parameter.
-    The cache serves once: each layer's part is let go of on the way, and its memory serves the layers before.
+    If the forward had an adapter, these are the gradients of its arrays and no others; if not, of every parameter.
+    The cache can be used once: each layer's part is freed on the way, for the layers before it to use the memory.
     """
     a, adapter, layers = config.architecture, cache["adapter"], cache["layers"]
     full = adapter is None
@@ -111,11 +111,11 @@ def decoder_backward(config: Config, params: Mapping[str, Weight], dlogits: Arra
         if a.positions:  # x = embedding(tokens) + p[positions], the same p for every batch element
             grads[a.positions + ".weight"] = embedding_backward(dx.sum(axis=0), cache["positions"])
         if a.scaled_embedding:
-            dx = dx * _embedding_scale(config, dx)
+            dx = dx * _embedding_scale(config, dx)  # x = scale * embedding(tokens)
         dembedding = embedding_backward(dx, cache["embedding"])  # (V, D)
         if config.padding is not None:
-            dembedding[config.padding] = 0
-        if config.tied:  # the embedding is the head, too
+            dembedding[config.padding] = 0  # as torch's padding_idx
+        if config.tied:  # the embedding is also W_head
             dembedding += dhead["weight"]
         else:
             grads[config.head] = dhead["weight"]
@@ -124,7 +124,7 @@ def decoder_backward(config: Config, params: Mapping[str, Weight], dlogits: Arra
 
 
 def _rope(config: Config, positions: Array, length: int, dtype: np.dtype) -> Rope:
-    """cos and sin (T, n) of the positions, in a text of `length` tokens so far."""
+    """cos and sin (T, n) of the positions (T,), in a text of `length` positions so far."""
     frequencies, factor = rope_frequencies(
         config.rope_theta, config.rotary_dim, dtype, config.rope_scaling, length, config.max_positions
     )

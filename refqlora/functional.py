@@ -1,4 +1,4 @@
-"""Forward and backward of the decoder's operations, side by side (RoPE and attention are in files of their own).
+"""Forward and backward of the decoder's operations, side by side (rope.py, attention.py and lora.py have others).
 
 The legend, used in every shape comment of the project:
 
@@ -8,7 +8,9 @@ The legend, used in every shape comment of the project:
 
 Each pair reads the same way: `f_forward(inputs) -> (output, cache)` and `f_backward(doutput, cache) -> dinputs`.
 `dx` is the gradient of the loss with respect to `x` and has its shape. The cache is explicit: what the backward
-needs, and nothing else. Everything is computed in the dtype of the inputs.
+needs, and nothing else. A backward's docstring has the forward's lines on the left, the gradients that follow from
+them on the right. Everything is computed in the dtype of the inputs, long chains in place (`y *= gate`): a fresh array
+costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ def embedding_forward(tokens: Array, weight: Array) -> tuple[Array, tuple]:
 
 
 def embedding_backward(dy: Array, cache: tuple) -> Array:
-    """dy (B, T, D) -> dweight (V, D): a row of W gathers the gradient of every place it was copied to."""
+    """dy (B, T, D) -> dweight (V, D).
+
+    y[n] = W[token[n]]        dW[token[n]] += dy[n], for every n
+    """
     tokens, shape = cache
     xp = array_module(dy)
     dweight = xp.zeros(shape, dy.dtype)
-    xp.add.at(dweight, tokens.reshape(-1), dy.reshape(-1, shape[1]))
+    xp.add.at(dweight, tokens.reshape(-1), dy.reshape(-1, shape[1]))  # (N,), (N, D)
     return dweight
 
 
@@ -44,28 +49,34 @@ def embedding_backward(dy: Array, cache: tuple) -> Array:
 
 def rmsnorm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, tuple]:
     """Scale each row to root mean square 1, then by `weight`. x (..., D), weight (D,) -> y (..., D)."""
-    xp = array_module(x)
-    mean_square = xp.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]  # (..., 1)
-    inv = 1 / xp.sqrt(mean_square + eps)
+    inv = 1 / array_module(x).sqrt(_mean_product(x, x) + eps)  # (..., 1)
     return x * inv * weight, (x, inv, weight)
 
 
 def rmsnorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
     """dy (..., D) -> dx (..., D), dweight (D,).
 
-    With n = x * inv and g = dy * w: y = n * w gives dw = sum(dy * n); and as d inv / dx = -inv^3 x / D,
-    dx = inv * (g - n * mean(g * n)).
+    y = n * w                                       dw = sum of (dy * n)'s rows, dn = dy * w
+    n = x * inv, inv = 1 / sqrt(mean(x^2) + eps)    dx = inv * (dn - n * mean(dn * n)), as dinv/dx = -inv^3 x / D
     """
     x, inv, weight = cache
-    xp = array_module(dy)
-    n = x * inv
-    dweight = xp.einsum("nd,nd->d", dy.reshape(-1, weight.size), n.reshape(-1, weight.size))
-    g = dy * weight
-    mean_gn = xp.einsum("...d,...d->...", g, n)[..., None] / x.shape[-1]  # (..., 1)
-    n *= mean_gn
-    g -= n
-    g *= inv
-    return g, dweight
+    n = x * inv  # (..., D)
+    dweight = _sum_product(dy, n)
+    dx = dn = dy * weight  # one array: dx takes the place of dn
+    n *= _mean_product(dn, n)  # (..., D) times (..., 1)
+    dx -= n
+    dx *= inv
+    return dx, dweight
+
+
+def _mean_product(x: Array, y: Array) -> Array:
+    """The mean of x * y over each row, (..., D) -> (..., 1): einsum forms no array of the products."""
+    return array_module(x).einsum("...d,...d->...", x, y)[..., None] / x.shape[-1]
+
+
+def _sum_product(x: Array, y: Array) -> Array:
+    """The sum of x * y over all rows, (..., D) -> (D,)."""
+    return array_module(x).einsum("nd,nd->d", x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
 
 # ---- LayerNorm (Ba et al. 2016, eq. 3): y = (x - mean(x)) / sqrt(var(x) + eps) * w + b ---------------------------
@@ -76,10 +87,8 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
 
     x (..., D), weight (D,), bias (D,) -> y (..., D).
     """
-    xp = array_module(x)
-    n = x - x.mean(axis=-1, keepdims=True)
-    variance = xp.einsum("...d,...d->...", n, n)[..., None] / x.shape[-1]  # (..., 1)
-    inv = 1 / xp.sqrt(variance + eps)
+    n = x - x.mean(axis=-1, keepdims=True)  # (..., D)
+    inv = 1 / array_module(x).sqrt(_mean_product(n, n) + eps)  # (..., 1): the mean of n^2 is the variance
     n *= inv
     return n * weight + bias, (n, inv, weight)
 
@@ -87,19 +96,17 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
     """dy (..., D) -> dx (..., D), dweight (D,), dbias (D,).
 
-    With n the normed row and g = dy * w: dw = sum(dy * n), db = sum(dy); mean and variance depend on every element
-    of the row, so dx = inv * (g - mean(g) - n * mean(g * n)).
+    y = n * w + b               dw = sum of (dy * n)'s rows, db = sum of dy's rows, dn = dy * w
+    n = (x - mean(x)) * inv     dx = inv * (dn - mean(dn) - n * mean(dn * n)), as mean and inv depend on all of x
     """
     n, inv, weight = cache
-    xp = array_module(dy)
-    rows = dy.reshape(-1, weight.size)
-    dweight = xp.einsum("nd,nd->d", rows, n.reshape(-1, weight.size))
-    g = dy * weight
-    mean_gn = xp.einsum("...d,...d->...", g, n)[..., None] / n.shape[-1]  # (..., 1)
-    g -= g.mean(axis=-1, keepdims=True)
-    g -= n * mean_gn
-    g *= inv
-    return g, dweight, rows.sum(axis=0)
+    dweight, dbias = _sum_product(dy, n), dy.reshape(-1, weight.size).sum(axis=0)
+    dx = dn = dy * weight  # one array: dx takes the place of dn
+    mean = _mean_product(dn, n)  # (..., 1)
+    dx -= dn.mean(axis=-1, keepdims=True)
+    dx -= n * mean
+    dx *= inv
+    return dx, dweight, dbias
 
 
 # ---- SwiGLU (Shazeer 2020, eq. 6): y = silu(gate) * up, silu(x) = x * sigmoid(x) --------------------------------
@@ -114,20 +121,25 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple]:
 
 
 def swiglu_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
-    """dy (..., F) -> dgate, dup (..., F): silu'(x) = sigmoid(x) * (1 + x * (1 - sigmoid(x)))."""
+    """dy (..., F) -> dgate, dup (..., F).
+
+    y = silu(gate) * up           dup = dy * silu(gate), dgate = dy * up * silu'(gate)
+    silu(x) = x * sigmoid(x)      silu'(x) = sigmoid(x) * (1 + x - silu(x))
+    """
     gate, up = cache
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     dup = dy * silu
     dgate = 1 + gate
     dgate -= silu
-    dgate *= sigmoid
+    dgate *= sigmoid  # silu'(gate)
     dgate *= up
     dgate *= dy
     return dgate, dup
 
 
 def _sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x))."""
     xp = array_module(x)
     y = -x
     with np.errstate(over="ignore"):  # exp(-x) = inf is right: the sigmoid is 0
@@ -148,8 +160,10 @@ def gelu_forward(x: Array) -> tuple[Array, tuple]:
 
 
 def gelu_backward(dy: Array, cache: tuple) -> Array:
-    """dy (..., F) -> dx (..., F): with s = (1 + tanh u) / 2, y = x s and ds/du = 2 s (1 - s), so
-    dy/dx = s + x 2 s (1 - s) du/dx."""
+    """dy (..., F) -> dx (..., F).
+
+    y = x s, s = (1 + tanh(u)) / 2        dx = dy * (s + x ds/dx), ds/dx = 2 s (1 - s) du/dx
+    """
     (x,) = cache
     return dy * _gelu_slope(x, _gelu_share(x))
 
@@ -166,20 +180,23 @@ def geglu_forward(gate: Array, up: Array) -> tuple[Array, tuple]:
 
 
 def geglu_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
-    """dy (..., F) -> dgate, dup (..., F)."""
+    """dy (..., F) -> dgate, dup (..., F).
+
+    y = gelu(gate) * up        dup = dy * gelu(gate), dgate = dy * up * gelu'(gate)
+    """
     gate, up = cache
     share = _gelu_share(gate)
     dgate = _gelu_slope(gate, share)
     dgate *= up
     dgate *= dy
     dup = share
-    dup *= gate
+    dup *= gate  # gelu(gate)
     dup *= dy
     return dgate, dup
 
 
 def _gelu_share(x: Array) -> Array:
-    """s = (1 + tanh u) / 2: the share of x that gelu lets through."""
+    """s = (1 + tanh(u)) / 2, the share of x that gelu lets through. x (..., F) -> s (..., F)."""
     xp = array_module(x)
     u = x * x
     u *= _GELU_CUBIC
@@ -193,7 +210,7 @@ def _gelu_share(x: Array) -> Array:
 
 
 def _gelu_slope(x: Array, s: Array) -> Array:
-    """gelu'(x) = s + 2 x s (1 - s) du/dx, with du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2)."""
+    """gelu'(x) = s + x 2 s (1 - s) du/dx, with du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2)."""
     slope = x * x
     slope *= 3 * _GELU_CUBIC
     slope += 1
@@ -215,7 +232,10 @@ def softcap_forward(x: Array, cap: float) -> tuple[Array, tuple]:
 
 
 def softcap_backward(dy: Array, cache: tuple) -> Array:
-    """dy -> dx = dy (1 - tanh(x / cap)^2)."""
+    """dy -> dx, both of the shape of x.
+
+    y = cap * t, t = tanh(x / cap)        dx = dy * (1 - t^2)
+    """
     (t,) = cache
     return dy * (1 - t * t)
 
@@ -224,18 +244,24 @@ def softcap_backward(dy: Array, cache: tuple) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array, denominator: float | None = None) -> tuple[float, Array]:
-    """The loss and its gradient in one go.
+    """The mean cross entropy and its gradient, computed together.
 
-    logits (..., V); labels (...) integers: the token that each position must predict, -100 where none counts
-    (labels are *not* shifted here) -> loss (float), dlogits (..., V). The definition, a row at a time:
+    logits (..., V); labels (...) integers: the token that each position must predict, or -100 for a position that
+    does not count (labels are *not* shifted here) -> loss (float), dlogits (..., V). For one row:
 
-        p = exp(logits - logsumexp(logits));  loss = -log(p[label]);  dlogits = p - onehot(label)
+        p = exp(logits - logsumexp(logits))     (V,)
+        loss = -log(p[label])
+        dlogits = p - onehot(label)             (V,), zeros for -100
 
-    The sum is divided by `denominator`, by default the number of labels that count, as torch does. For
-    accumulation, pass the count over *all* micro-batches: then losses and gradients simply add up, whatever the
-    share of each (dividing each by its own count is the classic mistake).
+    The sum over rows is divided by `denominator`, by default the number of labels that count, as in torch. To
+    accumulate over micro-batches, pass the count of *all* of them: losses and gradients then simply add up. (Dividing
+    each by its own count is the classic mistake.)
 
-    Raises ValueError for shapes that do not match, a label outside the vocabulary, or no label that counts.
+        >>> loss, dlogits = rq.cross_entropy(np.zeros((1, 3, 8), np.float32), np.array([[5, 2, -100]]))
+        >>> round(loss, 4), dlogits.shape, dlogits[0, :, 2].tolist()
+        (2.0794, (1, 3, 8), [0.0625, -0.4375, 0.0])
+
+    Raises ValueError for labels of another shape or dtype, or outside the vocabulary, and if no label counts.
     """
     xp = array_module(logits)
     labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
@@ -244,22 +270,22 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     if denominator is None:
         denominator = int(counted.sum())
     if not denominator > 0:
-        raise ValueError("labels: no label counts: every one is -100, so there is nothing to learn from")
+        raise ValueError("labels: no label counts, as all are -100: there is nothing to learn from")
 
     dlogits = xp.zeros(logits.shape, logits.dtype)  # contiguous, so that dflat is a view of it
-    flat, dflat = logits.reshape(-1, vocabulary), dlogits.reshape(-1, vocabulary)
-    rows = xp.flatnonzero(counted)
+    flat, dflat = logits.reshape(-1, vocabulary), dlogits.reshape(-1, vocabulary)  # (N, V)
+    rows = xp.flatnonzero(counted)  # those that count
     loss = 0.0
-    step = max(1, 2**17 // vocabulary)  # rows at a time, to stay in the cache
+    step = max(1, 2**17 // vocabulary)  # rows at a time: 512 KiB of float32 stay in the L2 cache
     for start in range(0, rows.size, step):
-        row = rows[start : start + step]
-        label = labels.reshape(-1)[row]
+        row = rows[start : start + step]  # (n,)
+        label = labels.reshape(-1)[row]  # (n,)
         i = xp.arange(row.size)
         z = flat[row]  # (n, V)
         z -= z.max(axis=-1, keepdims=True)
         z_label = z[i, label]
         p = xp.exp(z, out=z)
-        total = p.sum(axis=-1, keepdims=True)
+        total = p.sum(axis=-1, keepdims=True)  # (n, 1): logsumexp is log(total) + the row's maximum
         loss += float((xp.log(total[:, 0]) - z_label).sum(dtype=xp.float64))
         p /= total * denominator
         p[i, label] -= 1 / denominator
@@ -268,7 +294,7 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
 
 
 def _check_labels(logits: Array, labels: Array) -> Array:
-    """Which labels count, (...) bool. Raises ValueError for what `cross_entropy` cannot take."""
+    """Which labels count, (...) bool. Raises ValueError as `cross_entropy` says."""
     vocabulary = logits.shape[-1]
     if labels.dtype.kind not in "iu" or labels.shape != logits.shape[:-1]:
         found = f"got {labels.dtype} of shape {labels.shape}"

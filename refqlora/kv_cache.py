@@ -1,4 +1,4 @@
-"""The keys and values of the positions that a decoder has seen: what makes generation cost one position a token."""
+"""The KV cache: keys and values of the positions seen so far, so that each new token costs one position and not all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .config import Config
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, so that each new token costs one position and not all.
+    """`arrays[i]` holds the keys and values of layer i, (2, B, S, K, h), of which `length` positions are filled.
 
-    `arrays` holds a layer's keys and values in one array (2, B, S, K, h); `length` is the number of positions filled.
-    The arrays grow by doubling as positions come, up to `capacity`. Every position is kept, under a sliding window
-    too: which of them a query sees is for the attention's mask to say.
+    The arrays double when they are full, up to `capacity` positions. Every position is kept, even with a sliding
+    window: the attention's mask decides which of them a query sees.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, dtype: Any = np.float32) -> None:
@@ -27,12 +26,11 @@ class KVCache:
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Store k, v (B, T, K, h) of the new positions -> all keys and values so far, (B, S, K, h) each.
 
-        `length` stays as it is until every layer has stored its own: then the decoder sets it. Raises ValueError beyond
-        `capacity`.
+        The decoder updates `length` when every layer has stored its own. Raises ValueError beyond `capacity`.
         """
         stop = self.length + k.shape[1]
         if stop > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, {stop} were asked for")
+            raise ValueError(f"kv: expected at most {self.capacity} positions, got {stop}")
         if stop > self.arrays[layer].shape[2]:
             self.arrays[layer] = self._grown(self.arrays[layer], stop, k)
         keys, values = self.arrays[layer]
@@ -40,13 +38,13 @@ class KVCache:
         return keys[:, :stop], values[:, :stop]
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on."""
+        """Forget the positions from `length` on. Raises ValueError if there are not so many."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"the cache holds {self.length} positions and cannot be cut to {length}")
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
         self.length = length
 
     def _grown(self, array: Array, least: int, like: Array) -> Array:
-        """`array` (2, B, S, K, h) with room for `least` positions or more, where `like` is: on the CPU or the GPU."""
+        """`array` (2, B, S, K, h) with room for at least `least` positions, on the device of `like`."""
         two, batch, room, *head = array.shape
         grown = array_module(like).empty((two, batch, min(self.capacity, max(least, 2 * room)), *head), array.dtype)
         if self.length:

@@ -1,7 +1,7 @@
-"""One decoder layer: forward, and the backward that undoes it line by line.
+"""One decoder layer: the forward, and the backward that follows it line by line in reverse.
 
-Every architecture goes through the same lines. Where one differs from Llama, a condition on the line says how; what
-its parts are called, and which it has, is in architectures.py.
+All architectures share these lines. Where one differs from Llama, a condition on the line says how; architectures.py
+says which parts each has and what they are called.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def layer_forward(
     seed: int | None = None,
     kv: KVCache | None = None,
 ) -> tuple[Array, dict]:
-    """Layer `i`. x (B, T, D) -> (B, T, D), cache. Of a Llama, and of most others, it is these lines:
+    """Layer `i`. x (B, T, D) -> (B, T, D), cache. For a Llama, and for most others, it is these lines:
 
         n = rmsnorm(x, input_layernorm)                      (B, T, D)
         q, k, v = q_proj(n), k_proj(n), v_proj(n)            (B, T, H*h) and twice (B, T, K*h), then by heads
@@ -55,8 +55,8 @@ def layer_forward(
         y = silu(gate_proj(n)) * up_proj(n)                  (B, T, F)
         x = x + down_proj(y)                                 (B, T, D)
 
-    adapter: whose LoRAs sit on the linears; seed: of their dropout, which is off without one; kv: where the keys and
-    values of earlier positions are, and these go.
+    adapter: has the LoRAs of the linears; None for none. seed: draws their dropout masks; None turns dropout off.
+    kv: holds the keys and values of earlier positions, and receives those of the new ones.
     """
     a, layer = config.architecture, f"{config.architecture.layers}{i}."
     rng = None if seed is None else np.random.default_rng(seed)
@@ -68,7 +68,7 @@ def layer_forward(
         return y
 
     def project(names: Sequence[str], x: Array, sizes: Sequence[int]) -> list[Array]:
-        """A linear for each size, or one linear whose output holds them side by side."""
+        """One linear for each size, or one for all: its output has the parts side by side."""
         if len(names) == len(sizes):
             return [linear(name, x) for name in names]
         return array_module(x).split(linear(names[0], x), np.cumsum(sizes)[:-1].tolist(), axis=-1)
@@ -104,9 +104,9 @@ def layer_forward(
 def layer_backward(
     config: Config, i: int, dx: Array, cache: dict, rope: Rope | None, grads: dict[str, Array], full: bool
 ) -> Array:
-    """The lines of `layer_forward` from the last to the first. dx (B, T, D) of its output -> of its input.
+    """The lines of `layer_forward` in reverse: dx (B, T, D) of the layer's output -> dx (B, T, D) of its input.
 
-    The gradients of the layer's parameters go into `grads`: the adapter's, and with `full` the base's.
+    The gradients of its parameters go into `grads`: the adapter's, and with `full` the base's.
     """
     a, layer = config.architecture, f"{config.architecture.layers}{i}."
 
@@ -116,11 +116,12 @@ def layer_backward(
         return dx
 
     def project(names: Sequence[str], dparts: Sequence[Array]) -> Array:
+        """The gradients of the parts -> dn (B, T, D), the sum over the linears."""
         if len(names) < len(dparts):
             dparts = [array_module(dx).concatenate(dparts, axis=-1)]
         dn = linear(names[0], dparts[0])
         for name, dpart in zip(names[1:], dparts[1:], strict=True):
-            dn += linear(name, dpart)  # n went into each
+            dn += linear(name, dpart)
         return dn
 
     def norm(name: str, dy: Array) -> Array:
@@ -129,7 +130,7 @@ def layer_backward(
             grads.update({f"{layer}{name}.{key}": value for key, value in dparams.items()})
         return dx
 
-    dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx  # x = x + y: dx is dy, and goes on to x as well
+    dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx  # x = x + y: dx is the gradient of both
     dy = linear(a.mlp_out, dy)  # y = down_proj(y): (B, T, F)
     dn = project(a.mlp_in, activation_backward(config, dy, cache["activation"]))  # y = silu(gate_proj(n)) * up_proj(n)
     dx = dx + norm(a.mlp_norm, dn)  # n = rmsnorm(x), and x = x + y
@@ -140,13 +141,13 @@ def layer_backward(
     if rope is not None:
         dq, dk = rope_backward(dq, *rope), rope_backward(dk, *rope)  # q, k = rope(q), rope(k)
     if a.qk_norm:
-        dq, dk = norm(a.qk_norm[0], dq), norm(a.qk_norm[1], dk)
+        dq, dk = norm(a.qk_norm[0], dq), norm(a.qk_norm[1], dk)  # q, k = norm(q), norm(k)
     dn = project(a.qkv, [part.reshape(*dx.shape[:2], -1) for part in (dq, dk, dv)])  # q = q_proj(n), ...
     return dx + norm(a.attention_norm, dn)  # n = rmsnorm(x), and x = x + y
 
 
 def norm_forward(config: Config, params: Mapping[str, Array], name: str, x: Array) -> tuple[Array, tuple]:
-    """The architecture's norm of x (..., D), with the parameters of this name -> (..., D), cache."""
+    """The architecture's norm, with the parameters called `name`: x (..., D) -> (..., D), cache."""
     weight = params[name + ".weight"]
     if config.architecture.layernorm:
         return layernorm_forward(x, weight, params[name + ".bias"], config.eps)
@@ -154,7 +155,7 @@ def norm_forward(config: Config, params: Mapping[str, Array], name: str, x: Arra
 
 
 def norm_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, dict[str, Array]]:
-    """dy (..., D) -> dx (..., D), and the gradients of the norm's "weight" and "bias". (Of 1 + w, dw is the same.)"""
+    """dy (..., D) -> dx (..., D), and the gradients of "weight" and "bias". (For 1 + w, dw is the same.)"""
     if config.architecture.layernorm:
         dx, dweight, dbias = layernorm_backward(dy, cache)
         return dx, {"weight": dweight, "bias": dbias}
@@ -163,14 +164,14 @@ def norm_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, dict[
 
 
 def activation_forward(config: Config, *parts: Array) -> tuple[Array, tuple]:
-    """The MLP's activation of gate and up, or of the one there is, (..., F) each -> (..., F), cache."""
+    """The MLP's activation: gate and up (..., F), or a single input -> (..., F), cache."""
     if not config.architecture.gated:
         return gelu_forward(*parts)
     return swiglu_forward(*parts) if config.activation == "silu" else geglu_forward(*parts)
 
 
 def activation_backward(config: Config, dy: Array, cache: tuple) -> tuple[Array, ...]:
-    """dy (..., F) -> the gradients of gate and up, or of the one there is."""
+    """dy (..., F) -> the gradients of gate and up (..., F), or of the single input."""
     if not config.architecture.gated:
         return (gelu_backward(dy, cache),)
     return swiglu_backward(dy, cache) if config.activation == "silu" else geglu_backward(dy, cache)

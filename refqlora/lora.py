@@ -4,7 +4,7 @@
     QLoRA    W is quantised, and dequantised for each product (Dettmers et al. 2023, eq. 5)
     DoRA     the rows of W + s B A are scaled to lengths m (out,), which are learnt as well (Liu et al. 2024, eq. 5)
 
-s is alpha / r. Names and orientation are PEFT's. minimal.py has the linear in its plainest form.
+s is alpha / r. Names and orientation are PEFT's. minimal.py has the QLoRA linear in its plainest form.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def linear_forward(
 ) -> tuple[Array, tuple]:
     """y = x W^T + bias + s (dropout(x) A^T) B^T. x (..., in) -> y (..., out).
 
-    Dropout is on when `rng` is given: each element of the adapter's input is zeroed with probability
+    Dropout is on if `rng` is given: each element of the adapter's input is zeroed with probability
     `lora.dropout`, and the others are divided by 1 - dropout. The cache keeps the mask.
 
     DoRA: v = x W^T + s (x A^T) B^T and y = v m/norm + bias, where norm (out,) holds the lengths of the rows of
-    W + s B A. With dropout, as in PEFT: v is of dropout(x), and y = x W^T - dropout(x) W^T + v m/norm + bias.
+    W + s B A. With dropout, as in PEFT, v is computed from dropout(x), and
+    y = x W^T - dropout(x) W^T + v m/norm + bias.
     """
     xp = array_module(x)
     rows = x.reshape(-1, x.shape[-1])  # (N, in): one matrix product, not B of them
@@ -52,12 +53,12 @@ def linear_forward(
     keep = z = dora = None
     if lora is not None:
         if rng is not None and lora.dropout > 0:
-            keep = xp.asarray(rng.random(rows.shape, np.float32) >= lora.dropout)
-        dropped = _drop(rows, keep, lora)
+            keep = xp.asarray(rng.random(rows.shape, np.float32) >= lora.dropout)  # (N, in)
+        dropped = _drop(rows, keep, lora)  # (N, in)
         if lora.magnitude is not None:
             norm = row_norms(w, lora)  # (out,)
-            base = y if keep is None else dropped @ w.T  # (N, out)
-        del w  # a dequantised W is let go of
+            base = y if keep is None else dropped @ w.T  # (N, out): dropout(x) W^T
+        del w  # frees a dequantised W
         z = dropped @ lora.A.T  # (N, r)
         change = (z * lora.scale) @ lora.B.T  # (N, out)
         if lora.magnitude is None:
@@ -74,15 +75,14 @@ def linear_forward(
 def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tuple[Array, dict[str, Array]]:
     """dy (..., out) -> dx (..., in), grads.
 
-    grads holds "lora_A.weight" (r, in) and "lora_B.weight" (out, r) where there is an adapter, and with DoRA
-    "lora_magnitude_vector" (out,); "weight" (out, in) and "bias" (out,) only with `train_weight`: for a frozen W
-    neither is ever formed.
+    With an adapter grads has "lora_A.weight" (r, in) and "lora_B.weight" (out, r), with DoRA "lora_magnitude_vector"
+    (out,) as well. Only `train_weight` adds "weight" (out, in) and "bias" (out,): for a frozen W neither is formed.
 
         y = x W^T + bias                     dx = dy W, dW = dy^T x, dbias = sum of dy's rows
         z = x A^T, y += s z B^T              dB = s dy^T z, dz = s dy B, dA = dz^T x, dx += dz A
         y += v m/norm - base, with DoRA      dm = sum of (dy v)'s rows / norm, dv = dy m/norm, dbase = dv - dy
 
-    DoRA's norm counts as a constant, as its paper proposes (section 4.3) and PEFT does.
+    DoRA's norm is treated as a constant, as its paper proposes (section 4.3) and PEFT does.
     """
     x, weight, bias, lora, keep, z, dora = cache
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (N, in), (N, out)
@@ -94,7 +94,7 @@ def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tupl
         grads["lora_magnitude_vector"] = (drows * v).sum(axis=0) / norm  # (out,)
         if keep is not None:
             dbase = dv - drows
-    through_w = dv if keep is None else drows  # without dropout `base` is x W^T itself
+    through_w = dv if keep is None else drows  # the gradient of x W^T: without dropout that is `base`
     w = dense(weight, x.dtype)
     dx = through_w @ w  # y = x W^T: (N, in)
     ddropped = 0 if dbase is None else dbase @ w  # base = dropout(x) W^T: (N, in)
@@ -102,13 +102,13 @@ def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tupl
     if lora is not None:
         dropped = _drop(rows, keep, lora)
         dz = (dv @ lora.B) * lora.scale  # y += s z B^T: (N, r)
-        grads["lora_B.weight"] = dv.T @ (z * lora.scale)  # y += s z B^T
-        grads["lora_A.weight"] = dz.T @ dropped  # z = dropout(x) A^T
-        dx += _drop(ddropped + dz @ lora.A, keep, lora)  # z = dropout(x) A^T
+        grads["lora_B.weight"] = dv.T @ (z * lora.scale)  # y += s z B^T: (out, r)
+        grads["lora_A.weight"] = dz.T @ dropped  # z = dropout(x) A^T: (r, in)
+        dx += _drop(ddropped + dz @ lora.A, keep, lora)  # z = dropout(x) A^T: (N, in)
     if train_weight:
-        grads["weight"] = through_w.T @ rows
+        grads["weight"] = through_w.T @ rows  # y = x W^T: (out, in)
         if dbase is not None:
-            grads["weight"] += dbase.T @ dropped
+            grads["weight"] += dbase.T @ dropped  # base = dropout(x) W^T
         if bias is not None:
             grads["bias"] = drows.sum(axis=0)
     return dx.reshape(x.shape), grads
@@ -122,7 +122,7 @@ def dense(weight: Weight, dtype: np.dtype) -> Array:
 
 
 def row_norms(w: Array, lora: LoRA) -> Array:
-    """The lengths (out,) of the rows of W + s B A: what DoRA divides by (its norm "of each column" is of W^T)."""
+    """The lengths (out,) of the rows of W + s B A, which DoRA divides by. (Its paper's columns are those of W^T.)"""
     changed = w + (lora.scale * lora.B) @ lora.A  # (out, in)
     changed *= changed
     return array_module(w).sqrt(changed.sum(axis=1))
@@ -130,7 +130,14 @@ def row_norms(w: Array, lora: LoRA) -> Array:
 
 def merge(weight: Weight, lora: LoRA) -> Array:
     """W + s B A, with DoRA its rows scaled to the lengths m: a new array (out, in) of W's dtype, or float32 for a
-    quantised W. It is computed in float32 at least, and rounded once."""
+    quantised W. It is computed in float32 or float64, and rounded once.
+
+        >>> from refqlora.lora import LoRA
+        >>> A, B = np.ones((1, 2), np.float32), np.ones((2, 1), np.float32)
+        >>> rq.merge(np.eye(2, dtype=np.float32), LoRA(A, B, scale=0.5))
+        array([[1.5, 0.5],
+               [0.5, 1.5]], dtype=float32)
+    """
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
     w = dense(weight, np.promote_types(dtype, np.float32))
     merged = w + lora.scale * (lora.B @ lora.A)
@@ -140,8 +147,5 @@ def merge(weight: Weight, lora: LoRA) -> Array:
 
 
 def _drop(x: Array, keep: Array | None, lora: LoRA) -> Array:
+    """dropout(x), and its backward: the elements outside `keep` are zeroed, the others divided by 1 - dropout."""
     return x if keep is None else x * keep / (1 - lora.dropout)
-
-
-# ---- how an adapter starts -------------------------------------------------------------------------------------
-# PiSSA and OLoRA put the largest part of W into B A; the adapter then sits on what is left, the residual W - s B A.

@@ -13,7 +13,7 @@ from .patterns import check_pattern, full_match, name_match
 INITS = ("default", "gaussian", "pissa", "olora")  # and "pissa_niter_N"
 MAX_KEYS = 10_000  # far beyond any use
 _INIT = re.compile(rf"{'|'.join(INITS)}|pissa_niter_[0-9]{{1,3}}")
-_NOT_LINEAR = ("lm_head", "embed_tokens")  # may be excluded, and are anyway
+_NOT_LINEAR = ("lm_head", "embed_tokens")  # never get an adapter, but `exclude` may name them
 
 _RULES = {
     "rank": whole(1),
@@ -30,21 +30,26 @@ _RULES = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter is: `adapter_config.json` holds these fields under PEFT's names, given in brackets.
+    """What an adapter is. `adapter_config.json` has these fields under PEFT's names, given here in brackets.
 
     rank [r], alpha [lora_alpha]: the change is scaled by alpha/r, or by alpha/sqrt(r) with rslora [use_rslora]. alpha
         is at most 1e9, so that float32 holds the scaled values.
     dropout [lora_dropout]: of the adapter's input, in training.
     targets [target_modules]: "all-linear" (every linear but the output head), names such as ("q_proj", "v_proj"), or
         a regular expression for the whole name.
-    dora [use_dora]: learn each output's magnitude apart from its direction (Liu et al. 2024).
-    init [init_lora_weights]: "default" or "gaussian", which leave the model as it is; "pissa" (Meng et al. 2024),
+    dora [use_dora]: learn each output's magnitude separately from its direction (Liu et al. 2024).
+    init [init_lora_weights]: "default" or "gaussian", where B A is zero at first; "pissa" (Meng et al. 2024),
         "pissa_niter_N" or "olora" (Buyukakyuz 2024), which move a part of the weight into B A: see
         adapters.init_lora.
-    exclude [exclude_modules]: names or a regular expression; these get none.
-    layers [layers_to_transform]: numbers of the layers that get one. layers_pattern: what the list of layers is called.
-    rank_pattern, alpha_pattern: {name or regular expression: value} for linears whose rank or alpha is another; the
-        first key that fits counts. A key is a regular expression for the end of a name, from its start or a dot on.
+    exclude [exclude_modules]: names or a regular expression, for linears that get no adapter.
+    layers [layers_to_transform]: numbers of the layers that get one; None: all. layers_pattern: what stands before
+        the layer's number in a name, such as "layers"; without it the first number counts.
+    rank_pattern, alpha_pattern: {name or regular expression: value} for linears with another rank or alpha; the first
+        key that matches counts. A key must match a name to its end, from its start or from behind a dot.
+
+        >>> config = rq.LoraConfig(rank=8, alpha=16, targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 4})
+        >>> config.scale_of("model.layers.0.self_attn.v_proj")
+        4.0
 
     Raises ValueError that begins with the name of the field at fault.
     """
@@ -82,13 +87,13 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """s where no pattern says otherwise: alpha/r (LoRA, section 4.1), or alpha/sqrt(r) (rsLoRA, Kalajdzievski
+        """s unless a pattern says otherwise: alpha/r (LoRA, section 4.1), or alpha/sqrt(r) (rsLoRA, Kalajdzievski
         2023)."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start moves a part of the weight into B A, so that the adapter sits on a residual of its own."""
+        """Whether `init` moves a part of the weight into B A, so that the adapter sits on a residual of its own."""
         return self.init not in ("default", "gaussian")
 
     def rank_of(self, linear: str) -> int:
@@ -105,15 +110,15 @@ class LoraConfig:
         return self.alpha_of(linear) / (rank**0.5 if self.rslora else rank)
 
     def rivals(self, pattern: str, linear: str) -> list[str]:
-        """The keys of rank_pattern or alpha_pattern that fit this linear, where their values differ; otherwise none."""
-        fitting = {key: value for key, value in getattr(self, pattern).items() if name_match(key, linear)}
-        return list(fitting) if len(set(fitting.values())) > 1 else []
+        """The keys of rank_pattern or alpha_pattern that match this linear, if their values differ; otherwise []."""
+        matching = {key: value for key, value in getattr(self, pattern).items() if name_match(key, linear)}
+        return list(matching) if len(set(matching.values())) > 1 else []
 
     def matches(self, linears: Iterable[str]) -> list[str]:
-        """Those of `linears` (names such as model.layers.0.self_attn.q_proj) that get an adapter.
+        """The names among `linears` (such as model.layers.0.self_attn.q_proj) that get an adapter.
 
         PEFT's rules: a name in a list matches a linear of that very name or one that ends in `.name`; a string other
-        than "all-linear" is a regular expression for the whole name; `exclude` likewise. Raises ValueError where no
+        than "all-linear" is a regular expression for the whole name; `exclude` likewise. Raises ValueError if no
         linear gets one.
         """
         linears = list(linears)
@@ -123,8 +128,8 @@ class LoraConfig:
         return found
 
     def idle(self, linears: Iterable[str]) -> list[str]:
-        """What in this config matches none of `linears`, a sentence each: a target, an exclusion, a layer, a pattern.
-        PEFT passes over it in silence; in a new adapter it is a mistake."""
+        """A sentence for each target, exclusion, layer or pattern of this config that matches none of `linears`. PEFT
+        ignores them silently; in a new adapter they are mistakes."""
         linears = list(linears)
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
         said = []
@@ -147,7 +152,7 @@ class LoraConfig:
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
                 if not any(name_match(key, name) for name in found):
-                    said.append(f"{option}: expected names of linears that have an adapter, got {shown(key)}")
+                    said.append(f"{option}: expected names of linears that get an adapter, got {shown(key)}")
         return said
 
     def _found(self, linears: list[str]) -> list[str]:
@@ -156,7 +161,7 @@ class LoraConfig:
         return found if self.layers is None else [name for name in found if self._layer(name) in self.layers]
 
     def _layer(self, linear: str) -> int | None:
-        """The number of the layer that the linear is in: the first in its name, after layers_pattern if given."""
+        """The number of the linear's layer: the first number in its name, or the one after layers_pattern if given."""
         names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
         expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names if name]
         for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
@@ -165,11 +170,11 @@ class LoraConfig:
         return None
 
     def _value(self, pattern: Mapping[str, Any], linear: str, default: Any) -> Any:
-        """The value of the first key that fits, as in PEFT."""
+        """The value of the first key that matches, as in PEFT."""
         return next((value for key, value in pattern.items() if name_match(key, linear)), default)
 
     def _check_names(self, name: str) -> None:
-        """A regular expression, or names."""
+        """Check that a field is a regular expression or names."""
         value = getattr(self, name)
         if isinstance(value, str):
             _check_pattern(value, name)
@@ -188,7 +193,7 @@ class LoraConfig:
             raise ValueError(f'layers_pattern: expected a name such as "layers", got {shown(self.layers_pattern)}')
         if self.layers is None:
             if self.layers_pattern:
-                raise ValueError("layers_pattern: expected with layers only")
+                raise ValueError("layers_pattern: expected only together with layers")
             return
         layers = (self.layers,) if isinstance(self.layers, int) else self.layers
         if not isinstance(layers, tuple | list) or not all(whole(0).fits(i) for i in layers) or not layers:
@@ -199,6 +204,7 @@ class LoraConfig:
 
 
 def _matches(wanted: str | tuple[str, ...], name: str) -> bool:
+    """Whether a regular expression matches the whole name, or one of several names is it or its end."""
     if isinstance(wanted, str):
         return bool(wanted) and full_match(wanted, name)
     return any(name == one or name.endswith("." + one) for one in wanted)

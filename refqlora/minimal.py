@@ -1,12 +1,12 @@
 """QLoRA on one page: a network, frozen in 4 bits a weight, learns something new from a few numbers trained beside it.
 
 Nearly all of a network is matrices W (out, in), in linear layers y = x W^T. Full training changes every weight, which
-takes a gradient and two running means for each. QLoRA (Dettmers et al. 2023, arXiv 2305.14314) does without:
-    Q     W is rounded to 4 bits a weight, once, and then stays as it is.
+takes a gradient and two running means for each. QLoRA (Dettmers et al. 2023, arXiv 2305.14314) needs none of that:
+    Q     W is rounded to 4 bits a weight, once, and never changes again.
     LoRA  Two thin matrices are trained in its place, A (r, in) and B (out, r), r small: y = x W^T + s (x A^T) B^T.
 
 Read from top to bottom, then watch it learn: python -m refqlora.minimal. This page leaves out biases, dropout and
-matrices of an odd size. The rest of refqlora has them, does the same faster, and is tested against this page.
+matrices of an odd size. The rest of refqlora has them, is faster, and is tested against this page.
 """
 
 import inspect
@@ -17,11 +17,11 @@ from numpy import float32, ndarray
 from scipy.special import ndtri
 
 
-# 1. The values that codes stand for, bit for bit those of bitsandbytes. So this linspace rounds as torch's does.
+# 1. The values that codes stand for, bit for bit those of bitsandbytes; to that end linspace32 rounds as torch does.
 def linspace32(start: float, stop: float, n: int) -> ndarray:
     a, b, i = float32(start), float32(stop), np.arange(n)
     step = (b - a) / float32(n - 1)  # rounded to float32; its products with i are float64, and exact
-    return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(float32)  # (n,), counted from both ends
+    return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(float32)  # (n,), each half from its end
 
 
 # NF4, for weights: they are about normally distributed, so the 16 values are quantiles of N(0, 1), 8 above 0, 7 below.
@@ -39,12 +39,12 @@ DYNAMIC = np.sort(np.concatenate(values))  # (256,)
 
 # 2. Quantisation. absmax is the largest |x| of a block, and a code is the index of the value nearest to x / absmax.
 def to_codes(x: ndarray, values: ndarray, block: int) -> tuple[ndarray, ndarray]:
-    n, full, tiny = len(x), len(x) // block, float32(1e-38)  # tiny: nothing is divided by 0
+    n, full, tiny = len(x), len(x) // block, float32(1e-38)  # tiny: to never divide by 0
     rows = np.pad(x, (0, -n % block)).reshape(-1, block)  # (n,) -> (blocks, block)
     absmax = abs(rows).max(axis=1)  # (blocks,)
     absmax[full:] = np.maximum(absmax[full:], tiny)
     rows[:full] *= (1 / np.maximum(absmax[:full], tiny))[:, None]  # full blocks are multiplied by 1 / absmax,
-    rows[full:] /= absmax[full:, None]  # a last one that is not full is divided: so bitsandbytes rounds
+    rows[full:] /= absmax[full:, None]  # a partial last one is divided by it, as in bitsandbytes
     codes = np.searchsorted((values[:-1] + values[1:]) / 2, rows.reshape(-1)[:n])  # (n,): how many midpoints are below
     return codes.astype(np.uint8), absmax
 
@@ -52,7 +52,7 @@ def to_codes(x: ndarray, values: ndarray, block: int) -> tuple[ndarray, ndarray]
 def quantize(w: ndarray) -> tuple:
     codes, absmax = to_codes(w.reshape(-1), NF4, 64)  # (n,), (n / 64,)
     packed = codes[0::2] << 4 | codes[1::2]  # (n / 2,): two codes a byte, the first in the high half
-    mean = float32(absmax.mean(dtype=float))  # double quantisation: absmax, less its mean, becomes codes as well
+    mean = float32(absmax.mean(dtype=float))  # double quantisation: absmax minus its mean becomes codes, too
     absmax8, nested = to_codes(absmax - mean, DYNAMIC, 256)  # (n / 64,), (n / 64 / 256,)
     return packed, absmax8, nested, mean, w.shape
 
@@ -63,7 +63,7 @@ def dequantize(packed: ndarray, absmax8: ndarray, nested: ndarray, mean: float32
     return (NF4[codes] * absmax.repeat(64)[: len(codes)]).reshape(shape)
 
 
-# 3. The linear layer. W, as quantize returns it, is dequantised for each product and let go; s is alpha / r.
+# 3. The linear layer. W is what quantize returns, dequantised for each product and then dropped; s is alpha / r.
 def linear_forward(x: ndarray, W: tuple, A: ndarray, B: ndarray, s: float) -> ndarray:
     z = x @ A.T  # (N, in) -> (N, r)
     return x @ dequantize(*W).T + s * z @ B.T  # (N, out)
@@ -81,7 +81,7 @@ def adamw(params: list, grads: list, state: list, t: int, lr: float, decay: floa
     for p, g, (m, v) in zip(params, grads, state, strict=True):
         p *= 1 - lr * decay
         m += (1 - 0.9) * (g - m)  # the running mean of the gradient,
-        v += (1 - 0.999) * (g * g - v)  # and of its square. Starting from 0, both are too small; so two divisions:
+        v += (1 - 0.999) * (g * g - v)  # and of its square. Both start at 0, thus too small: two divisions mend that.
         p -= lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
 
 

@@ -1,4 +1,4 @@
-"""The front door: a model's parameters and adapters, its files in and out, and forward and backward by decoder.py."""
+"""The front door: a model's parameters and adapters, its files, and its forward and backward (by decoder.py)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,22 @@ if TYPE_CHECKING:
 class Model:
     """A decoder: `config`, the base's `params`, and named `adapters` of which at most one is `active`.
 
-    With an adapter active, the base is frozen and only A and B have gradients; with none, every parameter is
-    trained (pretraining, full fine-tuning), which a quantised base cannot be.
+    With an active adapter the base is frozen, and only the adapter's arrays have gradients. Without one every parameter
+    is trained (pretraining, full fine-tuning), which is not possible for a quantised base.
+
+        >>> model = rq.Model.from_pretrained(rq.BUNDLED, quantize="nf4")
+        >>> model.add_adapter(rank=4)
+        >>> logits, cache = model.forward(np.array([[1, 2, 3]]))
+        >>> loss, dlogits = rq.cross_entropy(logits, np.array([[2, 3, -100]]))
+        >>> grads = model.backward(dlogits, cache)
+        >>> grads["model.layers.0.self_attn.q_proj.lora_B.weight"].shape
+        (192, 4)
     """
 
     def __init__(self, config: Config, params: dict[str, Weight], dtype: Any = None) -> None:
-        """dtype: of all computation, float32 or float64 (None: float64 if the embedding is, else float32); params of
-        another dtype are cast to it where they are used. Raises ValueError for another dtype, and for params that are
-        not those of `config.shapes()`."""
+        """params: {name: weight}, with the names and shapes of `config.shapes()`. dtype: everything is computed in it,
+        float32 or float64 (None: the embedding's if that is float64, else float32); params of another dtype are cast
+        where they are used. Raises ValueError for any other dtype, names or shapes."""
         check_shapes(params, config.shapes(), "the model")
         self.config = config
         self.params = params
@@ -51,7 +59,7 @@ class Model:
         self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
 
     def facts(self) -> dict[str, Any]:
-        """What a person wants to know of it: its shape and size, what is quantised, and its adapters."""
+        """Its architecture and size, and what is quantised, as it shows itself in a notebook."""
         config, linears = self.config, [self.params[name + ".weight"] for name in self.config.linears()]
         kinds = sorted({w.kind for w in linears if isinstance(w, QuantizedTensor)})
         quantized = sum(isinstance(w, QuantizedTensor) for w in linears)
@@ -86,8 +94,8 @@ class Model:
 
     @classmethod
     def from_config(cls, config: Config, seed: int = 0, dtype: Any = np.float32) -> Model:
-        """A new model with random weights: normal with std 0.02, the two projections that write into the residual
-        stream smaller by sqrt(2 * layers) (Radford et al. 2019, section 2.3), norms 1, biases 0."""
+        """A new model with random weights: normal with std 0.02, divided by sqrt(2 * layers) for the two projections
+        that add to the residual stream (Radford et al. 2019, section 2.3); norms 1, biases 0."""
         rng, a = np.random.default_rng(seed), config.architecture
         params: dict[str, Weight] = {}
         for name, shape in config.shapes().items():
@@ -109,20 +117,20 @@ class Model:
         adapters: Mapping[str, str | Path | LoraConfig] | None = None,
         seed: int = 0,
     ) -> Model:
-        """Load a Hugging Face model: a directory (config.json, safetensors of floats, or bitsandbytes' in 4 bits), or a
-        hub's id: see hub.py.
+        """Load a Hugging Face model from a directory (config.json and safetensors: floats, or bitsandbytes' 4 bits), or
+        from the hub by its id (files/hub.py).
 
         Everything is computed in `dtype`, and weights are held in it. With `quantize`, "nf4", "fp4" or "int4", the
-        base is frozen: each linear's weight is double-quantised as it is read; embedding and output head stay in the
-        file's 16 bits, where it has 16, and are cast where they are used. A checkpoint of bitsandbytes is frozen
-        likewise, with the bits of the file, and `quantize` can ask for its own type only. Tensors come one at a time:
-        memory holds at most the largest, as the file has it, beside what is kept.
+        base is frozen: each linear's weight is double-quantised as it is read. Embedding and output head keep the 16
+        bits of the file, if it has 16, and are cast where they are used. A bitsandbytes checkpoint is frozen as well,
+        with the bits of the file; for it, `quantize` may only be its own type. Tensors are read one at a time: beside
+        what is kept, memory holds at most the largest tensor of the file.
 
-        adapters: by name, the directory of a PEFT adapter, or the LoraConfig of a new one, which starts from `seed`.
-        The last one is active. PiSSA and OLoRA take the dense weights apart: with one of them, the base is read dense
-        and quantised after that.
+        adapters: {name: the directory of a PEFT adapter, or the LoraConfig of a new one, drawn from `seed`}. The last
+        one is active. PiSSA and OLoRA start from the dense weights: with one of them, the base is read dense and
+        quantised afterwards.
 
-        The end tokens are those of generation_config.json where it names any. Raises ValueError or FileNotFoundError
+        The end tokens are those of generation_config.json, if it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
         directory, given = model_directory(path), adapters or {}
@@ -141,8 +149,8 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the model's directory, read when it is first asked for. Raises FileNotFoundError or
-        ValueError where there is none."""
+        """The tokenizer in the model's directory, read when first used. Raises FileNotFoundError or ValueError if there
+        is none."""
         from .text.tokenizer import load_tokenizer
 
         if self.directory is None:
@@ -152,14 +160,14 @@ class Model:
     def save_pretrained(self, path: str | Path, dtype: Any = np.float32, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
         (bytes, or text such as "500MB") and their index. Dense weights are written in `dtype`, quantised ones as
-        bitsandbytes writes them (ValueError for a codebook that it does not have)."""
+        bitsandbytes writes them (ValueError for a codebook that it does not know)."""
         pretrained.save(path, self.config, self.params, dtype, max_shard_size)
 
     def quantize(self, kind: str = "nf4", **options: Any) -> None:
-        """Replace each linear's weight by its quantisation to "nf4", "fp4" or "int4", in place (`options`: those of
-        `quantize`); also those that PiSSA and OLoRA adapters have in their stead. What is quantised already stays."""
+        """Quantise each linear's weight to "nf4", "fp4" or "int4" in place, and so the residuals of PiSSA and OLoRA
+        adapters. options: those of `rq.quantize`. What is quantised already stays as it is."""
         if kind not in CODEBOOKS:
-            raise ValueError(f"quantize must be one of {', '.join(CODEBOOKS)}, not {kind!r}")
+            raise ValueError(f"quantize: expected one of {', '.join(CODEBOOKS)}, got {kind!r}")
         linears = {name + ".weight" for name in self.config.linears()}
         for weights in (self.params, *(adapter.residual for adapter in self.adapters.values())):
             for name, weight in weights.items():
@@ -171,8 +179,8 @@ class Model:
     def add_adapter(self, name: str = "default", *, seed: int = 0, **options: Any) -> None:
         """Put a new adapter on the linears that `targets` names, and make it the active one.
 
-        options: the fields of LoraConfig (rank, alpha, targets, dora, init, ...). The logits stay what they were until
-        it is trained. `init="pissa"` takes the dense weight apart: quantise after it.
+        options: the fields of LoraConfig (rank, alpha, targets, dora, init, ...). The logits do not change until it is
+        trained. `init="pissa"` decomposes the dense weight, so quantise afterwards.
         """
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
@@ -180,12 +188,15 @@ class Model:
         self, factors: Mapping[str, float], name: str, method: str = "cat", rank: int | None = None
     ) -> None:
         """Combine adapters, each times its factor, into a new one, and make it the active one: see adapter_sums.py.
-        model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")"""
+
+        model.combine_adapters({"a": 0.7, "b": 0.3}, name="c")
+        """
         parts = {self._known(one): self.adapters[one] for one in factors}
         self._adopt(name, combine_adapters(parts, factors, method, rank))
 
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
-        """Read a PEFT adapter, check that it fits this model exactly, and make it the active one."""
+        """Read a PEFT adapter from a directory and make it the active one. Raises ValueError or FileNotFoundError if it
+        does not fit this model exactly, or is not there."""
         config, params = adapter_files.load_adapter(Path(path), self.config.architecture.conv1d)
         linears = self.config.linears()
         self._adopt(name, adapter_from_file(config, params, self.params, linears, self.dtype, str(path)))
@@ -195,8 +206,8 @@ class Model:
     ) -> None:
         """Write an adapter (the active one unless named) as PEFT's two files into the directory `path`.
 
-        plain: write PiSSA or OLoRA as the LoRA of twice the rank that it is equal to (adapter_sums.as_lora). None: only
-        where the file could not say what the adapter sits on (pissa_niter_N).
+        base: the name of the base model to record. plain: write PiSSA or OLoRA as plain LoRA of twice the rank
+        (adapter_sums.as_lora); None: only pissa_niter_N, whose start is random, so that the files cannot describe it.
         """
         adapter = self.adapters[self._known(name or self.active)]
         if plain or (plain is None and adapter.config.init.startswith("pissa_niter")):
@@ -205,7 +216,7 @@ class Model:
         adapter_files.save_adapter(Path(path), adapter.config, adapter.params, base, conv1d)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make the adapter `name` the active one; None turns adapters off: the base's own logits, to the bit."""
+        """Make the adapter `name` the active one. None turns adapters off: the logits are the base's, to the bit."""
         self.active = None if name is None else self._known(name)
 
     def _adopt(self, name: str, adapter: Adapter) -> None:
@@ -220,7 +231,8 @@ class Model:
         return name
 
     def trainable(self) -> dict[str, Array]:
-        """The parameters that `backward` gives gradients for: the active adapter's, or all of a dense base's."""
+        """The parameters that `backward` computes gradients for: the active adapter's, or the base's without one.
+        Raises ValueError without one if the base is quantised."""
         if self.active is not None:
             return self.adapters[self.active].params
         for name, param in self.params.items():
@@ -239,8 +251,8 @@ class Model:
         kv: KVCache | None = None,
     ) -> tuple[Array, dict]:
         """tokens (B, T) integers -> logits (B, T, V), cache: `decoder_forward`, which explains the options, with the
-        active adapter. Raises ValueError for tokens that are not of that shape or outside the vocabulary, and for
-        positions that the model cannot take."""
+        active adapter. Raises ValueError for tokens of another shape or outside the vocabulary, and for more positions
+        than the model or `kv` can take."""
         tokens = self._checked(tokens, recompute, kv)
         adapter = None if self.active is None else self.adapters[self.active]
         return decoder_forward(
@@ -248,16 +260,16 @@ class Model:
         )
 
     def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
-        """dlogits (B, T, V) -> the gradient of every parameter in `trainable()`, by its name.
+        """dlogits (B, T, V) -> {name: gradient} of every parameter in `trainable()`.
 
-        The cache is that of a `forward` with the same adapter active and without kv, and serves once. Raises ValueError
-        otherwise.
+        The cache is that of a `forward` without kv and with the same active adapter. It can be used once. Raises
+        ValueError for a cache of another adapter or one that was used before.
         """
         wanted = self.trainable()
         if cache["adapter"] is not (None if self.active is None else self.adapters[self.active]):
-            raise ValueError("backward: the cache is of a forward with another adapter than the one that is active now")
+            raise ValueError("backward: the cache is that of a forward with another adapter than the active one")
         if len(cache["layers"]) != self.config.layers:
-            raise ValueError("backward: the cache has served already: call forward again")
+            raise ValueError("backward: the cache was used before: call forward again")
         grads = decoder_backward(self.config, self.params, dlogits, cache)
         return {name: grads[name] for name in wanted}
 
@@ -271,13 +283,13 @@ class Model:
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens: {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")
         if recompute and kv is not None:
-            raise ValueError("recompute does not go with kv: it computes a layer again from its input alone")
+            raise ValueError("recompute: expected only without kv: it computes a layer again from its input alone")
         start = 0 if kv is None else kv.length
         length = start + tokens.shape[1]
         if start and config.rope_regime(length) != config.rope_regime(start):
             raise ValueError(
-                f"at {length} positions RoPE's frequencies change, and the {start} cached keys must be made anew"
+                f"kv: RoPE's frequencies change at {length} positions, so the {start} cached keys no longer fit"
             )
         if config.architecture.positions and length > config.max_positions:
-            raise ValueError(f"{length} positions, but the model has learned {config.max_positions}")
+            raise ValueError(f"tokens: expected at most {config.max_positions} positions, got {length}")
         return tokens

@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay, clipping by the global norm, the learning rate of each step.
+"""AdamW with decoupled weight decay, clipping by the global norm, and the learning rate of each step.
 
 AdamW is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, in the order of
 operations of `torch.optim.AdamW`. With the gradient g, the moments m and v, and t = 1, 2, ... the update's
@@ -11,8 +11,8 @@ number:
 
 Both means start at zero and are therefore too small at first: the two factors 1 - beta^t make up for it.
 Every operation is rounded once, to the dtype of the parameter. Torch on a CPU fuses the last multiplication
-and addition of m and of v, and takes square roots that are not always rounded to nearest: the two agree but
-for the last bits.
+and addition of m and of v, and takes square roots that are not always rounded to nearest: its last bits may differ.
+minimal.py has AdamW in its plainest form.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def adamw_update(
     """One AdamW update in place of p, m and v: flat arrays of one length and one dtype; g is only read.
 
     `step` counts from 1. The arrays are walked in blocks of `block` elements, so that memory is crossed
-    once, not once per operation. Each element goes by itself: the result has the same bits for every block
-    size.
+    once, not once per operation. No element depends on another, so the bits are the same for every block size.
     """
     xp = array_module(p)
     beta1, beta2 = betas
@@ -73,11 +72,11 @@ def adamw_update(
             pb *= 1 - lr * weight_decay
         xp.subtract(gb, mb, out=a)
         a *= 1 - beta1
-        mb += a
+        mb += a  # m + (1 - beta1) (g - m)
         xp.multiply(gb, 1 - beta2, out=a)
         a *= gb
         vb *= beta2
-        vb += a
+        vb += a  # beta2 v + (1 - beta2) g^2
         xp.sqrt(vb, out=a)
         a /= root_correction2
         a += eps  # after the root: inside it, eps would dominate every small gradient
@@ -97,6 +96,11 @@ class AdamW:
 
     `state` is {"step": updates made so far, "m": {name: array}, "v": {name: array}}, the moments shaped and
     typed like their parameters. Raises ValueError for a parameter or a setting that cannot be used.
+
+        >>> params = {"w": np.ones(2, np.float32)}
+        >>> rq.AdamW(params, lr=0.1).step({"w": np.array([3, -3], np.float32)})
+        >>> params["w"]
+        array([0.9, 1.1], dtype=float32)
     """
 
     def __init__(
@@ -137,8 +141,8 @@ class AdamW:
         """One update of every parameter, in place. `grads` is {name: array}, shaped and typed like `params`.
 
         Raises ValueError, before anything is changed, for a gradient that is missing, has no parameter, or
-        has another shape or dtype than its parameter. NaN and infinity are let through:
-        `clip_by_global_norm` stops them, and `fault` finds what they have reached.
+        has another shape or dtype than its parameter. NaN and infinity pass: `clip_by_global_norm`
+        refuses them, and `fault` finds the parameters and moments that they have reached.
         """
         lr = self.lr if lr is None else lr
         check("lr", lr, NOT_NEGATIVE)
@@ -151,7 +155,7 @@ class AdamW:
                 raise ValueError(f"gradient of {name}: the optimiser has no such parameter")
 
         self.state["step"] += 1
-        with np.errstate(over="ignore", invalid="ignore"):  # `fault` says so in better words
+        with np.errstate(over="ignore", invalid="ignore"):  # `fault` reports it better
             for name, p in self.params.items():
                 adamw_update(
                     p.reshape(-1),
@@ -187,10 +191,10 @@ class AdamW:
         return arrays
 
     def load_state(self, arrays: Mapping[str, Array]) -> None:
-        """Continue from what `state_arrays` gave: the values are copied to where the parameters are.
+        """Continue from the arrays of a `state_arrays`: they are copied to the device of the parameters.
 
         Raises ValueError, before anything is changed, for an entry that is missing, unknown, not finite, or of another
-        shape or dtype than here, and for a step below 0.
+        shape or dtype than expected, and for a step below 0.
         """
         expected = self.state_arrays()
         for name, mine in expected.items():
@@ -215,9 +219,12 @@ def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)); return their norm before that.
 
     The rule is that of `torch.nn.utils.clip_grad_norm_`: the norm is that of all gradients as one vector,
-    here summed in float64. With max_norm infinite nothing is scaled. Raises FloatingPointError, before
+    here summed in float64. If max_norm is infinite, nothing is scaled. Raises FloatingPointError, before
     anything is changed, if the norm is not finite, naming the first gradient that makes it so; ValueError
     if max_norm is not above 0.
+
+        >>> rq.clip_by_global_norm({"a": np.array([3.0]), "b": np.array([4.0])}, max_norm=1.0)
+        5.0
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
@@ -248,9 +255,9 @@ def learning_rate(
 
     It rises in a straight line from 0 at step 0 to `peak` at step `warmup_steps`. Then "constant" stays,
     while "linear" falls in a straight line and "cosine" along half a wave to `floor` (a rate, not a
-    fraction), reached at step `total_steps` and kept. With floor 0 these are
-    `get_constant_schedule_with_warmup` and its linear and cosine kin in transformers, up to total_steps
-    (past it, their cosine rises again). Raises ValueError for a setting that makes no such curve.
+    fraction), reached at step `total_steps` and kept. With floor 0 these are transformers'
+    `get_constant_schedule_with_warmup` and its linear and cosine counterparts, up to total_steps (past it,
+    their cosine rises again). Raises ValueError for settings that do not fit together.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
@@ -284,7 +291,7 @@ def _sum_of_squares(g: Array) -> float:
 
 
 def not_finite(what: str, x: Array) -> str | None:
-    """What to say of x, such as "WHAT: 1 of 160 values are NaN or infinite", or None if all are finite."""
+    """A message such as "WHAT: 1 of 160 values are NaN or infinite"; None if all are finite."""
     bad = x.size - int(array_module(x).isfinite(x).sum())
     return f"{what}: {bad} of {x.size} values are NaN or infinite" if bad else None
 
@@ -297,5 +304,6 @@ def check_options(lr: float, betas: tuple[float, float], eps: float, weight_deca
 
 
 def check_like(what: str, found: Array, expected: Array) -> None:
+    """Raise ValueError, beginning with `what`, unless `found` has the shape and dtype of `expected`."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, got {found.dtype} {found.shape}")

@@ -1,11 +1,11 @@
-"""Regular expressions matched without backtracking: a pattern comes from a file, and none can hang.
+"""Regular expressions matched without backtracking: patterns come from files, and none may hang the program.
 
 Python's `re` tries one way to match after another, and (((.*)*)*)*! has exponentially many. Here all ways are followed
 at once (Thompson 1968): each part of a pattern leads from the place where it begins to the set of places where it may
-end, and is asked once for each place. The time is polynomial, in the pattern's length and in the text's.
+end, computed once for each place. The time is polynomial in the lengths of the pattern and of the text.
 
-`re` parses the pattern. What a group has matched is not kept, so that back references are refused; so are flags, and
-the possessive and atomic groups that exist to limit backtracking.
+`re` parses the pattern. Back references are refused, as it is not recorded what a group has matched; so are flags, and
+possessive and atomic groups, which exist to limit backtracking.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from re import _constants as c  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-Ends = Callable[[str, int], set[int]]  # of a text and the place where a part begins: where it may end
+Ends = Callable[[str, int], set[int]]  # (text, where a part begins) -> where it may end
 
 MAX_LENGTH, MAX_DEPTH = 1000, 50
 _CHARACTERS = (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN)
@@ -39,13 +39,13 @@ def full_match(pattern: str, text: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def name_match(pattern: str, name: str) -> bool:
-    """Whether the pattern matches a dotted name from its start, or from behind one of its dots, to its end."""
+    """Whether the pattern matches a dotted name to its end, from its start or from behind one of its dots."""
     starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
     return any(len(name) in _compiled(pattern)(name, start) for start in starts)
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise ValueError that says what is wrong with the pattern, if something is."""
+    """Raise ValueError, which says why, if the pattern is not valid or not supported."""
     _compiled(pattern)
 
 
@@ -84,7 +84,7 @@ def _union(ends: Ends, text: str, starts: set[int]) -> set[int]:
 
 
 def _part(kind: Any, value: Any, depth: int) -> Ends:
-    """One part of a parsed pattern, by what `re` calls its kind."""
+    """One part of a parsed pattern; `kind` and `value` are what `re` calls them."""
     if kind in _CHARACTERS:
         return lambda text, i: {i + 1} if i < len(text) and _takes(kind, value, text[i]) else set()
     if kind is c.AT:
@@ -102,17 +102,19 @@ def _part(kind: Any, value: Any, depth: int) -> Ends:
         return _repeat(low, high, _sequence(body, depth))
     if kind in (c.ASSERT, c.ASSERT_NOT):
         inner = _sequence(value[1], depth)
-        back = 0 if value[0] > 0 else value[1].getwidth()[0]  # behind, a pattern has one width
+        back = 0 if value[0] > 0 else value[1].getwidth()[0]  # what a lookbehind looks for has one width
         return lambda text, i: {i} if (i >= back and bool(inner(text, i - back))) == (kind is c.ASSERT) else set()
     raise ValueError(f"{str(kind).lower()} is not supported")
 
 
 def _repeat(low: int, high: int, body: Ends) -> Ends:
+    """The body, `low` to `high` times."""
+
     def ends(text: str, start: int) -> set[int]:
         places, found = {start}, set[int]()
         for count in range(high + 1):
             if count >= low:
-                places = places - found  # from the others it has gone on already
+                places = places - found  # the others have been followed already
                 found |= places
             following = _union(body, text, places)
             if not following or (count < low and following == places):  # nothing more, or the same for ever
@@ -124,7 +126,7 @@ def _repeat(low: int, high: int, body: Ends) -> Ends:
 
 
 def _run(low: int, high: int, kind: Any, value: Any) -> Ends:
-    """`_repeat` of a part of one character, such as .* or [a-z]+, at once."""
+    """`_repeat` for a part that matches one character, such as .* or [a-z]+: one scan of the text."""
 
     def ends(text: str, start: int) -> set[int]:
         stop = start
@@ -136,7 +138,7 @@ def _run(low: int, high: int, kind: Any, value: Any) -> Ends:
 
 
 def _takes(kind: Any, value: Any, letter: str) -> bool:
-    """Whether one character is what a part of one character wants."""
+    """Whether a part that matches one character matches this one."""
     if kind is c.IN:
         negated = value[0][0] is c.NEGATE
         return any(_takes(part, wanted, letter) for part, wanted in value[negated:]) != negated

@@ -1,16 +1,16 @@
 """Blockwise absmax quantisation, packing to 4 bits, and double quantisation (QLoRA, arXiv 2305.14314).
 
-For a float32 tensor x whose size is a multiple of the block size, it is these lines (minimal.py has them all):
+For a float32 tensor x of n elements, n a multiple of the block size, it is these lines (minimal.py has all of it):
 
-    rows = x.reshape(-1, block_size)                   # blocks run over the flat tensor and may span its rows
-    absmax = abs(rows).max(axis=1)                     # one float32 constant a block
-    codes = nearest(rows * (1 / absmax[:, None]))      # the index of the nearest value: codebooks.nearest
-    packed = codes[0::2] << 4 | codes[1::2]            # two codes a byte, the first in the high nibble
-    back = codebook[codes] * absmax[:, None]
+    rows = x.reshape(-1, block_size)                # (blocks, block_size): a block may span rows of x
+    absmax = abs(rows).max(axis=1)                  # (blocks,): one float32 constant a block
+    codes = nearest(rows * (1 / absmax[:, None]))   # (blocks, block_size): the index of the nearest value
+    even, odd = codes.reshape(-1, 2).T              # (n/2,) each
+    packed = even << 4 | odd                        # (n/2,): two codes a byte, the first in the high half
+    back = codebook[codes] * absmax[:, None]        # (blocks, block_size)
 
-Double quantisation stores absmax itself in 8 bits: less its mean, in blocks of 256, with the dynamic map.
-This file does the same with tables, in pieces that fit the cache. The result equals that of bitsandbytes on a CPU,
-bit for bit.
+Double quantisation stores absmax itself in 8 bits: minus its mean, in blocks of 256, by the dynamic map. This file
+does the same with tables, in pieces that fit the cache. The result equals that of bitsandbytes on a CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,14 +39,19 @@ CHUNK = 1 << 17  # elements worked on at a time on a CPU: temporaries of 512 KiB
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A 4-bit tensor: n elements of `shape`, in blocks = ceil(n / block_size). ValueError if fields disagree.
+    """A 4-bit tensor of n elements in ceil(n / block_size) blocks, as `quantize` makes it.
 
-    packed         uint8 (ceil(n / 2),): element 2i in the high nibble of byte i, element 2i + 1 in the low
-    absmax         float32 (blocks,); when double-quantised uint8 (blocks,), codes of the dynamic map
-    codebook       float32 (16,), in host memory
-    dtype          of the tensor that was quantised
-    nested_absmax  float32 (ceil(blocks / 256),), and offset, the mean taken off: only when double-quantised
-    nested_codebook  float32 (256,), in host memory: the dynamic map, or what a file has in its place
+    packed           uint8 (ceil(n / 2),): element 2i in the high half of byte i, element 2i + 1 in the low
+    absmax           float32 (blocks,); when double-quantised uint8 (blocks,), codes of nested_codebook
+    codebook         float32 (16,), in host memory
+    dtype            of the tensor that was quantised
+    nested_absmax    float32 (ceil(blocks / 256),), and offset, the mean of absmax: only when double-quantised
+    nested_codebook  float32 (256,), in host memory: the dynamic map, or another that a file contains
+
+        >>> rq.quantize(np.ones((2, 64), np.float32), double_quant=False)
+        QuantizedTensor((2, 64) in nf4, blocks of 64; 72 bytes, 4.5 bits a parameter)
+
+    Raises ValueError if the fields do not fit together.
     """
 
     packed: Array
@@ -62,18 +67,17 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         nested = self.nested_absmax is not None
         blocks = _blocks(self.size, self.block_size, "QuantizedTensor")
-        fields = {"packed": (np.uint8, -(-self.size // 2)), "codebook": (np.float32, 16)}
-        fields["nested_codebook"] = (np.float32, 256)
-        fields["absmax"] = (np.uint8 if nested else np.float32, blocks)
+        fields = {"packed": (np.uint8, -(-self.size // 2)), "absmax": (np.uint8 if nested else np.float32, blocks)}
+        fields |= {"codebook": (np.float32, 16), "nested_codebook": (np.float32, 256)}
         if nested:
             fields["nested_absmax"] = (np.float32, _blocks(blocks, NESTED_BLOCK))
         for name, (dtype, size) in fields.items():
             x = getattr(self, name)
             if x.dtype != dtype or x.shape != (size,):
                 expected = f"{np.dtype(dtype)} of shape ({size},), got {x.dtype} of shape {x.shape}"
-                raise ValueError(f"QuantizedTensor of shape {self.shape}: {name} must be {expected}")
+                raise ValueError(f"QuantizedTensor of shape {self.shape}: {name}: expected {expected}")
         if nested != (self.offset is not None):
-            raise ValueError("QuantizedTensor: nested_absmax and offset go together")
+            raise ValueError("QuantizedTensor: expected both nested_absmax and offset, or neither")
 
     @property
     def size(self) -> int:
@@ -82,12 +86,12 @@ class QuantizedTensor:
 
     @property
     def constants_nbytes(self) -> int:
-        """Bytes of the quantisation constants: absmax, and nested_absmax where there is one."""
+        """Bytes of the quantisation constants: absmax, and nested_absmax if there is one."""
         return self.absmax.nbytes + (0 if self.nested_absmax is None else self.nested_absmax.nbytes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: packed and constants. Not offset, one number, nor the codebooks, which all share."""
+        """Bytes of packed and the constants, without offset (one number) and the codebooks (shared by all)."""
         return self.packed.nbytes + self.constants_nbytes
 
     @property
@@ -96,13 +100,13 @@ class QuantizedTensor:
         return 8 * self.nbytes / self.size if self.size else 0.0
 
     def constants(self) -> Array:
-        """absmax as float32 (blocks,), the double quantisation undone."""
+        """absmax as float32 (blocks,), with the double quantisation undone."""
         if self.nested_absmax is None:
             return self.absmax
         return dequantize_blockwise(self.absmax, self.nested_absmax, self.nested_codebook, NESTED_BLOCK) + self.offset
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """`np.asarray(q)` is what `dequantize` gives."""
+        """`np.asarray(q)` is `dequantize(q)`."""
         return dequantize(self, dtype or np.float32)
 
     @property
@@ -123,7 +127,7 @@ class QuantizedTensor:
 
 
 def quantized_nbytes(size: int, block_size: int = 64, double_quant: bool = True) -> int:
-    """`QuantizedTensor.nbytes` for a tensor of `size` elements, before there is one."""
+    """`QuantizedTensor.nbytes` for a tensor of `size` elements, without making it."""
     blocks = _blocks(size, block_size, "quantized_nbytes")
     return -(-size // 2) + (blocks + 4 * _blocks(blocks, NESTED_BLOCK) if double_quant else 4 * blocks)
 
@@ -141,17 +145,17 @@ def quantize(
 
     w: float16, bfloat16, float32 or float64. codebook: "nf4", "fp4", "int4", or 16 float32 values in any order.
     block_size: how many elements share a constant, a power of two from 32 to 4096. double_quant: quantise the
-    constants as well: see `quantize_constants`, also for `nested`. name: what errors call the tensor.
+    constants as well, by `quantize_constants`, which takes `nested`. name: what errors call the tensor.
 
-        >>> q = quantize(np.random.default_rng(0).standard_normal((4096, 4096), np.float32))
+        >>> q = rq.quantize(np.random.default_rng(0).standard_normal((1024, 1024), np.float32))
         >>> q.packed.shape, q.bits_per_param
-        ((8388608,), 4.126953125)
+        ((524288,), 4.126953125)
 
     The details are those of bitsandbytes' quantize_4bit on a CPU. A full block is multiplied by 1 / absmax, a
-    last block that is not full is divided by absmax. A divisor below 1e-38 counts as 1e-38: a block of zeros
-    comes back as zeros, a block of smaller weights with an error of at most 1e-38. An odd size is filled up
-    with one 0.0. (FP4 has two zeros: a small positive weight takes code 8, the others code 0. On CUDA it is
-    the negative ones that take 8.)
+    partial last block is divided by absmax. A divisor below 1e-38 counts as 1e-38: a block of zeros comes back
+    as zeros, a block of smaller weights with an error of at most 1e-38. An odd size is padded with one 0.0.
+    (FP4 has two zeros: small positive weights get code 8, small negative ones and 0 get code 0. On CUDA small
+    negative ones get 8.)
 
     Raises ValueError, naming `name`, for another dtype, block size or codebook, and for the first NaN or inf.
     """
@@ -166,11 +170,14 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
     """codebook[code] * absmax in float32, then cast to `dtype`: an array of q.shape.
 
     `out`, a C-contiguous array of q.shape (ValueError if it is not), receives the result in its own dtype.
+
+        >>> rq.dequantize(rq.quantize(np.array([1.0, -0.5, 0.25], np.float32))).round(3)
+        array([ 1.   , -0.525,  0.246], dtype=float32)
     """
     if out is None:
         out = array_module(q.packed).empty(q.shape, dtype)
     elif out.shape != q.shape or not out.flags.c_contiguous:
-        raise ValueError(f"dequantize: out must be C-contiguous, of shape {q.shape}; got {out.shape}")
+        raise ValueError(f"out: expected C-contiguous, of shape {q.shape}, got {out.shape}, strides {out.strides}")
     flat, absmax = out.reshape(-1), q.constants()
     even = q.size // 2 * 2
     _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])
@@ -182,7 +189,7 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
 def quantize_blockwise(x: Array, codebook: np.ndarray, block_size: int, *, name: str = "tensor") -> tuple[Array, Array]:
     """Quantise x with a codebook of 2 to 256 values: codes uint8 of x's shape, absmax float32 (blocks,).
 
-    The arithmetic and the errors of `quantize`; one code a byte.
+    Arithmetic and errors are those of `quantize`; a code takes a byte.
     """
     codebook = _codebook(codebook, (2, 256), name)
     codes, absmax = _quantize(x, codebook, block_size, name, pack=False)
@@ -194,14 +201,14 @@ def dequantize_blockwise(
 ) -> Array:
     """codebook[code] * absmax in float32, then cast to `dtype`: an array of the shape of codes (uint8).
 
-    Raises ValueError if there is not one absmax a block, or a code is not in the codebook.
+    Raises ValueError unless there is one absmax a block, and every code is in the codebook.
     """
     codebook = _codebook(codebook, (2, 256), "dequantize_blockwise")
     blocks = _blocks(codes.size, block_size, "dequantize_blockwise")
     if absmax.shape != (blocks,):
-        raise ValueError(f"dequantize_blockwise: absmax must have shape ({blocks},), got {absmax.shape}")
+        raise ValueError(f"dequantize_blockwise: absmax: expected shape ({blocks},), got {absmax.shape}")
     if len(codebook) < 256 and codes.size and codes.max() >= len(codebook):
-        raise ValueError(f"dequantize_blockwise: code {codes.max()} in a codebook of {len(codebook)} values")
+        raise ValueError(f"dequantize_blockwise: codes: expected below {len(codebook)}, got {codes.max()}")
     out = array_module(codes).empty(codes.shape, dtype)
     _dequantize(codes.reshape(-1), codebook[:, None], absmax, block_size, out.reshape(-1))
     return out
@@ -210,16 +217,17 @@ def dequantize_blockwise(
 def quantize_constants(
     absmax: Array, nested: str = "nearest", offset: np.float32 | None = None
 ) -> tuple[Array, Array, np.float32]:
-    """Double quantisation of float32 (blocks,): codes uint8 (blocks,), absmax (ceil(blocks / 256),), offset.
+    """Double quantisation: absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32
+    (ceil(blocks / 256),), offset.
 
-    The offset is the mean, summed in float64 and rounded once, or the one given (bitsandbytes sums in float32:
+    The offset is the mean, summed in float64 and rounded once, unless it is given (bitsandbytes sums in float32:
     the last bits may differ). nested="nearest" takes the nearest value of the dynamic map, as bitsandbytes does
-    on CUDA, ties apart. "bitsandbytes" does what it does on a CPU, where a table of 65,536 bins decides: some
-    0.2 % of the codes are then one off, and a constant equal to the mean has code 131, not 127.
+    on CUDA except for ties. "bitsandbytes" copies what it does on a CPU, where a table of 65,536 bins decides:
+    some 0.2 % of the codes are then one off, and a constant equal to the mean has code 131, not 127.
 
-    A constant within 1 % of float32's maximum may come back as inf, theirs too; NumPy then warns of overflow.
+    A constant within 1 % of float32's maximum may come back as inf, as in bitsandbytes; NumPy then warns of overflow.
 
-    Raises ValueError for another `nested`.
+    Raises ValueError for any other `nested`.
     """
     if nested not in ("nearest", "bitsandbytes"):
         raise ValueError(f'nested: expected "nearest" or "bitsandbytes", got {nested!r}')
@@ -230,7 +238,7 @@ def quantize_constants(
 
 
 def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: bool) -> tuple[Array, Array]:
-    """Codes (n,), or packed (ceil(n / 2),), and absmax (blocks,)."""
+    """x, of n elements -> codes uint8 (n,), or packed (ceil(n / 2),), and absmax float32 (blocks,)."""
     if x.dtype not in QUANTIZABLE:
         raise ValueError(f"{name}: dtype: expected one of {', '.join(map(str, QUANTIZABLE))}, got {x.dtype}")
     xp = array_module(x)
@@ -241,9 +249,9 @@ def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: 
 
     for start, stop in _chunks(n, xp):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-            v = flat[start:stop].astype(np.float32)
-            rows, tail, first = _rows(v, block_size, start)
-            a = absmax[first : first + len(rows)]
+            v = flat[start:stop].astype(np.float32)  # a copy: the blocks are scaled in it
+            rows, tail, first = _rows(v, block_size, start)  # (blocks, block_size), less than a block
+            a = absmax[first : first + len(rows)]  # (blocks,)
             a[:] = xp.abs(rows).max(axis=1)
             rows *= (1 / xp.maximum(a, TINY))[:, None]
             if tail.size:
@@ -255,15 +263,15 @@ def _quantize(x: Array, codebook: np.ndarray, block_size: int, name: str, pack: 
             continue
         if codes.size % 2:
             codes = xp.concatenate([codes, nearest(xp.zeros(1, np.float32), codebook)])
-        pairs = codes.view("<u2")  # the first of two codes is the lower byte
-        out[start // 2 : -(-stop // 2)] = pairs << 4 | pairs >> 8  # stored modulo 256
+        pairs = codes.view("<u2")  # two codes as one number: first + 256 * second
+        out[start // 2 : -(-stop // 2)] = pairs << 4 | pairs >> 8  # 16 * first + second, modulo 256
     if not xp.isfinite(absmax).all():
         finite(name, x, np.float32)  # names the first element at fault
     return out, absmax
 
 
 def _dequantize(codes: Array, table: np.ndarray, absmax: Array, block_size: int, out: Array) -> None:
-    """out = table[codes] * absmax, flat; a row of `table` is the 1 or 2 values that a code stands for."""
+    """out = table[codes] * absmax, flat. A row of `table` holds the value of a code, or the two values of a byte."""
     xp = array_module(codes)
     width = table.shape[1]
     words = table.view((np.uint32, np.uint64)[width - 1]).reshape(-1)  # a pair is moved as one word
@@ -284,27 +292,27 @@ def _dequantize(codes: Array, table: np.ndarray, absmax: Array, block_size: int,
 
 
 def _rows(v: Array, block_size: int, start: int) -> tuple[Array, Array, int]:
-    """Views of the full blocks (blocks, block_size) and of what is left over; the first block's number."""
+    """Views of v's full blocks (blocks, block_size) and of the rest; the number of the block that begins at `start`."""
     full = v.size // block_size * block_size
     return v[:full].reshape(-1, block_size), v[full:], start // block_size
 
 
 def _chunks(n: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
-    """(start, stop) over 0..n, CHUNK by CHUNK on a CPU, at once on a GPU."""
+    """0..n in pieces (start, stop): of CHUNK elements on a CPU, whole on a GPU."""
     chunk = CHUNK if xp is np else max(n, 1)
     return ((start, min(start + chunk, n)) for start in range(0, n, chunk))
 
 
 def _binned(x: Array, codebook: np.ndarray, block_size: int) -> tuple[Array, Array]:
-    """bitsandbytes' quantize_blockwise on a CPU: 65,536 even bins over [-1, 1], and a code for each.
+    """bitsandbytes' quantize_blockwise on a CPU: 65,536 equal bins over [-1, 1], and a code for each.
 
-    A block of zeros has codes 0, and a last block that is not full is treated like the others.
+    In a block of zeros every code is 0. A partial last block is treated like the others.
     """
     xp = array_module(x)
     rows = xp.zeros((_blocks(x.size, block_size), block_size), np.float32)
     rows.reshape(-1)[: x.size] = x
     absmax = xp.abs(rows).max(axis=1)
-    rows *= (1 / xp.maximum(absmax, np.float32(3e-39)))[:, None]  # theirs overflows below that
+    rows *= (1 / xp.maximum(absmax, np.float32(3e-39)))[:, None]  # bitsandbytes' reciprocal overflows below that
     half, top = np.float32(0.5), np.float32(65535)
     bins = ((xp.clip(rows, -1, 1) + 1) * half * top + half).astype(np.uint16)
     centres = 2 * np.arange(65536, dtype=np.float32) / top - 1
@@ -327,7 +335,7 @@ def _blocks(size: int, block_size: int, name: str = "") -> int:
 
 
 def _codebook(codebook: str | np.ndarray, sizes: tuple[int, int], name: str) -> np.ndarray:
-    """The codebook, looked up where it is a name. Raises ValueError unless it has as many float32 values as `sizes`."""
+    """A codebook, given by name or itself. Raises ValueError unless it has sizes[0] to sizes[1] float32 values."""
     if isinstance(codebook, str) and codebook in CODEBOOKS:
         return CODEBOOKS[codebook]
     if not isinstance(codebook, np.ndarray):

@@ -12,7 +12,8 @@ from .quantization import CHUNK, QuantizedTensor, dequantize
 
 @dataclass(frozen=True)
 class Error:
-    """Of w' for w: the sums of (w' - w)^2 and of w^2, and the largest |w' - w|. Those of several tensors add up."""
+    """How far w' is from w: the sums of (w' - w)^2 and of w^2, and the largest |w' - w|. Errors of several tensors add
+    up: `a + b`."""
 
     squares: float = 0.0
     weight_squares: float = 0.0
@@ -24,7 +25,7 @@ class Error:
 
     @property
     def relative(self) -> float:
-        """The root mean square error in units of the root mean square of w; 0 where w is 0."""
+        """The root mean square error, divided by the root mean square of w; 0 if w is 0."""
         return (self.squares / self.weight_squares) ** 0.5 if self.weight_squares else 0.0
 
 

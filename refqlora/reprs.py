@@ -8,7 +8,7 @@ from typing import Any
 
 
 def facts_html(title: str, facts: Mapping[str, Any]) -> str:
-    """An HTML table with a row for each fact: whole numbers with their thousands separated, others to six digits."""
+    """An HTML table with a row for each fact: whole numbers with thousands separated, others to six digits."""
     rows = ""
     for name, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

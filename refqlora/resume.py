@@ -1,7 +1,7 @@
 """What survives a kill: the metrics, and a checkpoint of step, trained parameters and the optimiser's moments.
 
-Both files are replaced atomically, and the metrics reach the disk before the checkpoint does: whenever a run ends,
-they hold at least the rows of the checkpoint's steps.
+Both files are replaced atomically, and the metrics reach the disk before the checkpoint does: however a run ends, the
+metrics contain at least the rows of the checkpoint's steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class Run:
-    """A run of training: a row of metrics for each step made so far and, where it has a directory `out`, its files."""
+    """A run of training: a row of metrics for each step made so far, and the files if there is a directory `out`."""
 
     params: dict[str, Array]
     optimizer: AdamW
@@ -46,7 +46,7 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, row: dict[str, Any], save: bool) -> None:
-        """Write the row, which is the last of `rows`, and with `save` the checkpoint."""
+        """Append the row, the last of `rows`, to the metrics file, and with `save` write the checkpoint."""
         with uninterrupted():
             if self.out is not None:
                 path = self.out / METRICS
@@ -56,19 +56,19 @@ class Run:
                 self.save()
 
     def save(self) -> None:
-        """Write the checkpoint. Raises FloatingPointError rather than write what is not finite."""
+        """Write the checkpoint. Raises FloatingPointError, and writes nothing, if a number in it is not finite."""
         if fault := self.optimizer.fault():
             raise FloatingPointError(fault)
         if self.out is not None:
-            write_rows(self.out / METRICS, self.rows)  # onto the disk: they must not be behind the checkpoint
+            write_rows(self.out / METRICS, self.rows)  # to disk first: they must not lag behind the checkpoint
             save_checkpoint(self.out / CHECKPOINT, self.params, self.optimizer, self.identity)
 
 
 @contextmanager
 def recorded(run: Run, resume: bool) -> Iterator[None]:
-    """Begin the run, or go on from its checkpoint; Ctrl-C writes one, and says so in the KeyboardInterrupt's message.
+    """Begin the run, or continue from its checkpoint. Ctrl-C writes one; the KeyboardInterrupt's message names it.
 
-    The directory is locked meanwhile: two processes in one would write over each other's files. Raises what `locked`,
+    The directory is locked meanwhile: two processes in it would overwrite each other's files. Raises what `locked`,
     `check_start`, `load_checkpoint` and `read_rows` raise.
     """
     if run.out is None:
@@ -77,12 +77,12 @@ def recorded(run: Run, resume: bool) -> Iterator[None]:
     path = run.out / CHECKPOINT
     check_start(run.out, resume)
     with locked(run.out):
-        check_start(run.out, resume)  # now that no other process writes there
+        check_start(run.out, resume)  # again, now that no other process writes there
         if resume:
             step = load_checkpoint(path, run.params, run.optimizer, run.identity)
             run.rows = read_rows(run.out / METRICS, step)
         else:
-            path.unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
+            path.unlink(missing_ok=True)  # a finished run's, which must not be resumed in place of this one
         write_rows(run.out / METRICS, run.rows)
         try:
             yield
@@ -96,7 +96,7 @@ def recorded(run: Run, resume: bool) -> Iterator[None]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back until the block is done, so that no interrupt finds the state between two steps."""
-    if threading.current_thread() is not threading.main_thread():  # it is never interrupted, and may set no handler
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C never reaches it, and it may set no handler
         yield
         return
     held: list[Any] = []
@@ -110,8 +110,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 def check_start(out: Path, resume: bool) -> None:
-    """Raise FileNotFoundError if there is no checkpoint in `out` to resume; ValueError if a run that is not asked to
-    resume would write over one that has not ended."""
+    """Raise FileNotFoundError if `out` has no checkpoint to resume; ValueError if a new run would overwrite one that is
+    not finished."""
     path = out / CHECKPOINT
     if resume:
         if not path.is_file():
@@ -124,20 +124,21 @@ def check_start(out: Path, resume: bool) -> None:
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:
+    """Write a checkpoint, which `load_checkpoint` reads."""
     tensors = {f"param.{name}": p for name, p in params.items()}
     tensors |= {f"adamw.{name}": x for name, x in optimizer.state_arrays().items()}
     write_tensors(path, tensors, {"identity": json.dumps(identity), "step": str(optimizer.state["step"])})
 
 
 def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> int:
-    """Copy parameters and moments in; -> the number of steps that were made.
+    """Copy a checkpoint into the parameters and the moments -> the number of steps made.
 
-    Raises ValueError, before anything is changed, for a checkpoint of another run, or one that is damaged.
+    Raises ValueError, before anything is changed, if it belongs to another run or is damaged.
     """
     for name, there, here in _differences(read_identity(path), identity):
         raise ValueError(
             f"{path}: is of another run: {name} was {shown(there)} there and is {shown(here)} here; "
-            "resume with the same settings and data, or start anew in another directory"
+            "resume with the same settings and data, or start again in another directory"
         )
     tensors = dict(read_tensors(path))
     state = {name.removeprefix("adamw."): tensors.pop(name) for name in list(tensors) if name.startswith("adamw.")}
@@ -155,7 +156,7 @@ def load_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, iden
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value found, value expected) of what differs; within an object that both have, what differs there."""
+    """(name, value found, value expected) for each difference; of two objects, for each difference within them."""
     for key in expected:
         there, here = found.get(key), expected[key]
         if isinstance(there, dict) and isinstance(here, dict):
@@ -166,7 +167,7 @@ def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tu
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """The settings and checksums of the run that a checkpoint is of. Raises ValueError that names the file."""
+    """The settings and checksums of a checkpoint's run. Raises ValueError that names the file."""
     text = read_metadata(path).get("identity")
     if text is None:
         raise ValueError(f"{path}: is not a checkpoint of a training run: its metadata have no identity")
@@ -188,9 +189,9 @@ def read_step(path: Path) -> int:
 
 
 def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it, or its bits would not be those of one run.
+    """What must be the same when a run is resumed, for the result to have the bits of an uninterrupted run.
 
-    JSON values: the settings that shape the numbers, the model's and the adapter's configs, and checksums of the
+    JSON values: the settings that affect the numbers, the model's and the adapter's configs, and checksums of the
     frozen weights and of the data.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("recompute", "eval_every", "checkpoint_every")}
@@ -210,10 +211,13 @@ def identity(model: Model, dataset: Dataset, config: TrainingConfig) -> dict[str
     return json.loads(json.dumps(found))
 
 
-def read_rows(path: Path, steps: int) -> list[dict[str, Any]]:
-    """The rows of the first `steps` steps; those after them, of which a kill may have cut one short, are not read.
+_NEEDED = ("loss", "lr", "grad_norm", "tokens", "seconds")  # the numbers in every row
 
-    Raises ValueError that names the file and the line for a row that is missing, or is none.
+
+def read_rows(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of the first `steps` steps. Later ones are ignored: a kill may have cut the last one short.
+
+    Raises ValueError that names the file and the line if a row is missing or not valid.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
@@ -229,12 +233,10 @@ def read_rows(path: Path, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-_NEEDED = ("loss", "lr", "grad_norm", "tokens", "seconds")
-
-
 def _is_number(row: dict[str, Any], key: str) -> bool:
     return type(row.get(key)) in (int, float)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the metrics file by these rows."""
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

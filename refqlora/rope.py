@@ -1,7 +1,7 @@
-"""Rotary position embeddings (RoPE): a position turns the pairs of a head's elements, each by an angle of its own.
+"""Rotary position embeddings (RoPE): each pair of a head's elements is rotated by the angle position * frequency.
 
-The angle is position * frequency (Su et al. 2021, section 3.4). Models that read further than they were first trained
-for scale the frequencies; the kinds of scaling, and their names, are those of transformers' modeling_rope_utils.py.
+Every pair has a frequency of its own (Su et al. 2021, section 3.4). Models extended to longer texts than they were
+first trained on scale the frequencies; kinds and names of scaling are those of transformers' modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from .backend import Array, array_module
 from .checks import check, number, shown
 
-# For each rope_type, what its parameters must hold and what they may.
+# For each rope_type: the parameters that it requires, and those that it also takes.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
@@ -34,9 +34,9 @@ _PARAMETER = number(1e-9, 1e9)
 
 
 def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
-    """Raise ValueError for a scaling of frequencies that is not supported, or whose parameters are not what it takes.
+    """Raise ValueError if this scaling of the frequencies is not supported, or its parameters are not valid.
 
-    pairs: how many pairs of elements turn, which is how many factors "longrope" takes.
+    pairs: how many pairs of elements are rotated: "longrope" takes a factor for each.
     """
     kind = scaling.get("rope_type") if isinstance(scaling, Mapping) else None
     if not isinstance(kind, str) or kind not in SCALINGS:
@@ -45,7 +45,7 @@ def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
     required, optional = SCALINGS[kind]
     for key in required:
         if key not in scaling:
-            raise ValueError(f'RoPE of type "{kind}" has no "{key}"')
+            raise ValueError(f'{key}: expected a value for RoPE of type "{kind}", got none')
     for key in (*required, *optional):
         value = scaling.get(key, 1)
         if key in ("short_factor", "long_factor"):
@@ -54,7 +54,7 @@ def check_scaling(scaling: Mapping[str, Any], pairs: int) -> None:
         elif key != "truncate":
             check(key, value, _PARAMETER)
     if kind == "dynamic" and pairs < 2:
-        raise ValueError('RoPE of type "dynamic" takes two pairs of elements or more')
+        raise ValueError(f'rope_type: expected at least two pairs of elements for "dynamic", got {pairs}')
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError("high_freq_factor: expected a number above low_freq_factor")
 
@@ -69,18 +69,18 @@ def rope_frequencies(
 ) -> tuple[np.ndarray, float]:
     """-> the frequency of each pair (ceil(dim/2),), and the factor by which cos and sin are multiplied.
 
-    Without scaling theta^(-2i/dim) (Su et al. 2021, eq. 15) and 1. length: the number of positions, those before
-    the first included; "dynamic" and "longrope" depend on it. max_positions: the context of the model, for "dynamic".
-    Each step is rounded to float32, as in transformers, unless dtype is float64: at position 100,000 the last bit of a
-    frequency shows in the logits.
+    Without scaling they are theta^(-2i/dim) (Su et al. 2021, eq. 15) and 1. dim: how many elements of a head are
+    rotated. length: how many positions the text has so far, for "dynamic" and "longrope". max_positions: the model's
+    context, for "dynamic". Each step is rounded to float32, as in transformers, unless dtype is float64: at position
+    100,000 the last bit of a frequency shows in the logits.
     """
     dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     exponents = np.arange(0, dim, 2).astype(dtype) / dim
     s = scaling or {}
     match s.get("rope_type"):
-        case "linear":  # positions squeezed by the factor (Chen et al. 2023)
+        case "linear":  # positions are divided by the factor (Chen et al. 2023)
             return 1 / theta**exponents / s["factor"], 1.0
-        case "dynamic":  # a larger theta for a longer text ("NTK-aware", Peng et al. 2023, section 3.3)
+        case "dynamic":  # theta grows with the text ("NTK-aware", Peng et al. 2023, section 3.3)
             longer = np.asarray(max(length, max_positions), dtype)
             stretch = s["factor"] * longer / max_positions - (s["factor"] - 1)
             return 1 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
@@ -94,7 +94,8 @@ def rope_frequencies(
 
 
 def _llama3(frequencies: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
-    """Long waves divided by the factor, short ones kept, smoothly between (Llama 3.1's rope scaling)."""
+    """Frequencies of long waves are divided by the factor, those of short waves kept; in between the two are mixed
+    (Llama 3.1)."""
     factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
     context = s["original_max_position_embeddings"]
     wavelength = 2 * math.pi / frequencies
@@ -106,11 +107,11 @@ def _llama3(frequencies: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(wavelengths: np.ndarray, theta: float, dim: int, s: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    """As `_llama3`, the border given by how often a pair turns in the context; sharper attention (Peng et al. 2023,
-    sections 3.2 and 3.4). wavelengths: theta^(2i/dim)."""
+    """Like `_llama3`, but the borders are numbers of turns within the context, and attention gets sharper (Peng et al.
+    2023, sections 3.2 and 3.4). wavelengths: theta^(2i/dim)."""
     factor, context = s["factor"], s["original_max_position_embeddings"]
 
-    def pair(turns: float) -> float:  # the one that turns so often in the context
+    def pair(turns: float) -> float:  # the number i of the pair that makes so many turns within the context
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair(s.get("beta_fast", 32)), pair(s.get("beta_slow", 1))
@@ -132,7 +133,8 @@ def _yarn(wavelengths: np.ndarray, theta: float, dim: int, s: Mapping[str, Any])
 
 
 def _longrope(wavelengths: np.ndarray, s: Mapping[str, Any], length: int) -> tuple[np.ndarray, float]:
-    """A searched factor for each pair, of one set in the original context and another beyond it (Ding et al. 2024)."""
+    """Each frequency is divided by a factor found by search, from one set within the original context, from another
+    beyond it (Ding et al. 2024)."""
     context, factor = s["original_max_position_embeddings"], s["factor"]
     factors = np.asarray(s["long_factor" if length > context else "short_factor"], wavelengths.dtype)
     sharper = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
@@ -142,8 +144,8 @@ def _longrope(wavelengths: np.ndarray, s: Mapping[str, Any], length: int) -> tup
 def rope_tables(positions: Array, frequencies: Array, dtype: Any, factor: float = 1.0) -> tuple[Array, Array]:
     """cos and sin of position * frequency, times `factor`. positions (T,), frequencies (n,) -> two tables (T, n).
 
-    The angle is a float32 product, as in transformers: at position 100,000 its rounding shows in the logits.
-    A float64 model takes float64 angles.
+    The angle is a float32 product, as in transformers, or a float64 one for a float64 model: at position 100,000 its
+    rounding shows in the logits.
     """
     xp = array_module(positions)
     angle_dtype = xp.float64 if dtype == xp.float64 else xp.float32
@@ -155,14 +157,14 @@ def rope_tables(positions: Array, frequencies: Array, dtype: Any, factor: float 
 
 
 def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (x[i], x[i + n]), i < n, by their position's angle; what is beyond 2 n elements stays.
+    """Rotate the pairs (x1, x2) = (x[i], x[i + n]), i < n, by their angles; elements from 2n on stay as they are.
 
-    x (B, T, H, h), cos, sin (T, n), n = h/2 unless a part of each head turns -> (B, T, H, h). The halves are paired as
-    in transformers, (i, i + n); the paper pairs neighbours.
+    x (B, T, H, h), cos, sin (T, n) -> y (B, T, H, h); n is h/2, or less if only a part of each head is rotated. The
+    halves are paired as in transformers; the paper pairs neighbours.
     """
     n = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, n): the same for every head
-    x1, x2 = x[..., :n], x[..., n : 2 * n]
+    x1, x2 = x[..., :n], x[..., n : 2 * n]  # (B, T, H, n)
     y = array_module(x).empty_like(x)
     y[..., :n] = x1 * cos - x2 * sin
     y[..., n : 2 * n] = x2 * cos + x1 * sin
@@ -171,5 +173,9 @@ def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """dy (B, T, H, h) -> dx: a rotation's transpose is the rotation by the negative angle."""
+    """dy (B, T, H, h) -> dx (B, T, H, h): the transpose of a rotation is the rotation by the negative angle.
+
+    y1 = x1 cos - x2 sin        dx1 = dy1 cos + dy2 sin
+    y2 = x2 cos + x1 sin        dx2 = dy2 cos - dy1 sin
+    """
     return rope_forward(dy, cos, -sin)

@@ -1,8 +1,8 @@
 """The training loop: batches, gradients, clipping, AdamW, evaluation, metrics, and checkpoints that survive a kill.
 
-Everything random is a function of the seed and the step's number: which examples a step sees, and its dropout masks.
+Everything random depends only on the seed and the step's number: which examples a step sees, and its dropout masks.
 So the state of a run is its step, the trained parameters and the optimiser's moments: one file holds them, and a run
-that is killed and resumed ends with the same bits as one never interrupted.
+that is killed and resumed ends with the same bits as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .optim import AdamW, check_options, clip_by_global_norm, learning_rate
 from .resume import Run, identity, recorded, uninterrupted
 from .text.dataset import Dataset, batch_indices
 
-Row = dict[str, Any]  # what a step has measured
+Row = dict[str, Any]  # the metrics of a step
 
-_COUNT, _COUNT_OR_0 = whole(1, 10**12), whole(0, 10**12)  # more than can be done
+_COUNT, _COUNT_OR_0 = whole(1, 10**12), whole(0, 10**12)  # beyond any use
 _RULES = {
     "steps": _COUNT,
     "batch_size": _COUNT,
@@ -45,9 +45,12 @@ class TrainingConfig:
     """How to train. The defaults are for adapters; a step is one update from `batch_size` examples.
 
     micro_batch_size: how many examples go through the model at once; the gradients of a step's micro-batches add up
-    to those of the whole batch. recompute: gradient checkpointing. max_grad_norm: 0 turns clipping off. warmup and
-    floor shape the schedule (optim.learning_rate). Steps are counted, not epochs. Raises ValueError for a setting that
-    cannot be used.
+    to those of the whole batch. recompute: gradient checkpointing. max_grad_norm: 0 turns clipping off. warmup (steps)
+    and floor shape the schedule (optim.learning_rate). eval_every, checkpoint_every: in steps; eval_every=0 turns
+    evaluation off. Raises ValueError for a setting that cannot be used.
+
+        >>> rq.TrainingConfig(steps=100, schedule="cosine", warmup=10).learning_rate(5)
+        0.0001
     """
 
     steps: int
@@ -75,7 +78,7 @@ class TrainingConfig:
             check("micro_batch_size", self.micro_batch_size, _COUNT)
         check_options(self.lr, self.betas, 1e-8, self.weight_decay)
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
-        self.learning_rate(0)  # raises for what makes no schedule
+        self.learning_rate(0)  # raises if the settings make no schedule
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
@@ -90,7 +93,7 @@ class TrainingConfig:
 
 
 class Evaluation(NamedTuple):
-    """loss: nats a counted token. tokens: how many counted. bits_per_byte: of the text that they stand for."""
+    """loss: nats per counted token. tokens: how many are counted. bits_per_byte: the loss per byte of their text."""
 
     loss: float
     tokens: int
@@ -102,8 +105,8 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over every counted token of `dataset`, without dropout.
 
-    on_batch: called after each batch with the number of sequences done. Raises ValueError if no label stands for any
-    text, FloatingPointError if the loss is not finite.
+    on_batch: called after each batch with the number of sequences done. Raises ValueError if no counted label stands
+    for text, FloatingPointError if the loss is not finite.
     """
     nbytes = dataset.counted_bytes
     if nbytes == 0:
@@ -135,8 +138,8 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, Array]]:
     """The mean loss over the counted labels of tokens, labels (B, T), and the gradient of every trainable parameter.
 
-    The batch goes through in micro-batches, each divided by the count of the *whole* batch: what adds up is the
-    gradient of the whole batch, also where micro-batches count different numbers of tokens.
+    The loss of each micro-batch is divided by the count of the *whole* batch: the gradients then add up to those of the
+    whole batch, even if the micro-batches count different numbers of tokens.
     """
     count = int((labels != IGNORE).sum())
     loss = 0.0
@@ -167,19 +170,28 @@ def train(
     resume: bool = False,
     on_step: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Train `model.trainable()` in place on `dataset`; return one row of metrics a step, which `on_step` gets at once.
+    """Train `model.trainable()` in place -> a row of metrics for each step, which `on_step` also receives at once.
 
     A row has step (from 1), loss, lr, grad_norm, tokens (counted labels), seconds, and held_out_loss every
     `eval_every` steps. With `out`, the rows go to out/metrics.jsonl and the state to out/checkpoint.safetensors,
     every `checkpoint_every` steps, at the end, and at Ctrl-C (KeyboardInterrupt then names the step and the file);
     `resume` continues from there. No other process can train in `out` at the same time.
 
-    Raises FileNotFoundError if there is nothing to resume, ValueError for a checkpoint of another run, or of an
-    unfinished one that is not resumed, and FloatingPointError, naming the step, when a gradient, a parameter or a
-    moment is not finite. Warns if the loss has ended far above where it began.
+        >>> from refqlora.text.dataset import Dataset
+        >>> tokens = np.arange(96).reshape(8, 12) % 50
+        >>> data = Dataset(tokens, (tokens + 1) % 50, np.ones(50, int))  # tokens, labels, bytes of each token
+        >>> model = rq.Model.from_pretrained(rq.BUNDLED, quantize="nf4")
+        >>> model.add_adapter(rank=4)
+        >>> rows = rq.train(model, data, rq.TrainingConfig(steps=5, batch_size=4, lr=1e-2))
+        >>> len(rows), rows[-1]["loss"] < rows[0]["loss"]
+        (5, True)
+
+    Raises FileNotFoundError if there is nothing to resume, ValueError for a checkpoint of another run or one that a new
+    run would overwrite unfinished, and FloatingPointError, naming the step, if a gradient, a parameter or a moment is
+    not finite. Warns if the loss ends far above where it began.
     """
     params = model.trainable()
-    # Weight decay is for matrices: it would pull norms' weights from 1 and biases from where the data puts them.
+    # Weight decay is for matrices: it would pull norms' weights away from 1, and biases from what fits the data.
     optimizer = AdamW(params, config.lr, config.betas, 1e-8, config.weight_decay, lambda name: params[name].ndim > 1)
     run = Run(params, optimizer, identity(model, dataset, config) if out is not None else {}, out)
 
@@ -190,7 +202,7 @@ def train(
 
     with recorded(run, resume):
         for row in run.rows[-1:]:
-            measure(row)  # an interrupt may have come between the update and this
+            measure(row)  # an interrupt may have prevented it
         for step in range(len(run.rows), config.steps):
             try:
                 row = _update(model, dataset, config, run, step)
@@ -206,7 +218,7 @@ def train(
 
 
 def _update(model: Model, dataset: Dataset, config: TrainingConfig, run: Run, step: int) -> Row:
-    """Make update `step`, counted from 0: batch, gradients, clipping, AdamW; -> its row, which `run.rows` has too."""
+    """Make update `step`, counted from 0: batch, gradients, clipping, AdamW; -> its row, the last of `run.rows`."""
     begin = time.perf_counter()
     tokens, labels = dataset.batch(batch_indices(len(dataset), config.batch_size, step, config.seed))
     loss, grads = loss_and_gradients(
@@ -214,7 +226,7 @@ def _update(model: Model, dataset: Dataset, config: TrainingConfig, run: Run, st
         tokens,
         labels,
         micro_batch_size=config.micro_batch_size,
-        rng=np.random.default_rng([config.seed, step]),  # of the dropout
+        rng=np.random.default_rng([config.seed, step]),  # draws the dropout masks
         recompute=config.recompute,
     )
     norm = clip_by_global_norm(grads, config.max_grad_norm or math.inf)
@@ -233,7 +245,7 @@ def _warn_if_diverged(rows: list[Row]) -> None:
     first, last = (sum(row["loss"] for row in part) / n for part in (rows[:n], rows[-n:]))
     if last > first + 1:
         warnings.warn(
-            f"the training loss rose from {first:.2f} to {last:.2f}: the run has diverged; begin anew with a lower "
-            f"learning rate than {max(row['lr'] for row in rows):g}, or with warm-up",
+            f"the training loss rose from {first:.2f} to {last:.2f}: the run has diverged; start again with a "
+            f"learning rate below {max(row['lr'] for row in rows):g}, or with warm-up",
             stacklevel=3,
         )

@@ -308,7 +308,7 @@ BAD = [
     (FINETUNE + "--layers 7", r"layers: expected numbers among \[0, 1\], got 7"),
     (FINETUNE + "--layers 0 --targets .*_proj", "layers: expected none with a regular expression as targets"),
     (FINETUNE + "--init svd", "--init: invalid choice: 'svd'"),
-    (FINETUNE + "--init pissa --rank 41", "q_proj: pissa takes rank 40 at most from a weight of shape"),
+    (FINETUNE + "--init pissa --rank 41", "q_proj: rank: expected at most 40 for pissa on shape"),
     (FINETUNE + "--rank-pattern q_proj", "--rank-pattern: expected NAME=VALUE, got q_proj"),
     (FINETUNE + "--rank-pattern q_proj=0", "--rank-pattern: expected a whole number of 1 or more, got '0'"),
     (

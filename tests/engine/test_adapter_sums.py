@@ -89,12 +89,12 @@ def test_a_sum_can_be_saved(tmp_path):
     [
         ({"a": 1, "x": 1}, {}, "no adapter 'x'; there are: 'a', 'b', 'dora'"),
         ({"a": 1, "b": 1}, {"method": "ties"}, "method: expected one of cat, svd, linear, got 'ties'"),
-        ({"a": 1, "b": 1}, {"rank": 3}, 'rank: expected with method "svd" only'),
+        ({"a": 1, "b": 1}, {"rank": 3}, 'rank: expected only with method "svd"'),
         ({"a": 1, "b": 1}, {"method": "linear"}, 'method: expected equal ranks for "linear"'),
         ({"a": 1, "dora": 1}, {}, "adapter 'dora' is a DoRA"),
         ({"a": 1, "b": 1}, {"method": "svd", "rank": 0}, "rank: expected a whole number from 1 to 2147483647, got 0"),
-        ({}, {}, "factors: expected adapters with a finite number each, got {}"),
-        ({"a": np.nan}, {}, "a finite number each, got {'a': nan}"),
+        ({}, {}, "factors: expected a finite number for each adapter, got {}"),
+        ({"a": np.nan}, {}, "a finite number for each adapter, got {'a': nan}"),
     ],
 )
 def test_what_cannot_be_added(factors, options, message):

@@ -35,9 +35,9 @@ def test_quantising_quantises_residuals():
     for name, weight in model.adapters["default"].residual.items():
         np.testing.assert_array_equal(dequantize(weight), dequantize(rq.quantize(residual[name])))
     assert model.adapters["default"].residual.keys() == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: pissa takes the dense weight apart"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: pissa decomposes the dense weight"):
         model.add_adapter("late", rank=5, init="pissa")
-    with pytest.raises(ValueError, match=r"q_proj: pissa takes rank 20 at most"):
+    with pytest.raises(ValueError, match=r"q_proj: rank: expected at most 20 for pissa"):
         new_model().add_adapter(rank=21, init="pissa")
 
 

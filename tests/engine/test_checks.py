@@ -66,4 +66,4 @@ def test_what_a_dtype_does_not_hold_is_named():
     assert checks.finite("w", x[:2], np.float16).tolist() == [1, 65504]
     with pytest.raises(ValueError, match="holds") as error:
         checks.finite("w", x, np.float16)
-    assert str(error.value) == "w: expected what float16 holds, got 70000.0 at (2,)"
+    assert str(error.value) == "w: expected a number that float16 holds, got 70000.0 at (2,)"

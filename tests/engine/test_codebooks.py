@@ -84,7 +84,7 @@ def test_normal_float_values_are_equally_likely_levels():
 
 @pytest.mark.parametrize("width", [1, 9, 0, -4, "4", 4.5, None])
 def test_normal_float_refuses_other_widths(width):
-    with pytest.raises(ValueError, match="bits must be 2 to 8"):
+    with pytest.raises(ValueError, match="bits: expected 2 to 8"):
         normal_float(width)
 
 

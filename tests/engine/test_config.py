@@ -102,12 +102,15 @@ def test_a_missing_field_is_named_with_the_file(key):
     [
         ({"model_type": "bert"}, 'model_type: \'bert\' is not supported; supported: "llama", "mistral", "qwen2"'),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 'type "llama3" has no "low_freq_factor"'),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            'low_freq_factor: expected a value for RoPE of type "llama3"',
+        ),
         (
             {"rope_scaling": {"type": "mrope", "factor": 2}},
             "rope_type: expected one of .*, got 'mrope'",
         ),
-        ({"rope_parameters": {"rope_type": "linear"}}, 'type "linear" has no "factor"'),
+        ({"rope_parameters": {"rope_type": "linear"}}, 'factor: expected a value for RoPE of type "linear"'),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "separate sets for kinds of layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
         ({"rope_scaling": "linear"}, "rope_parameters: expected an object, got 'linear'"),
@@ -196,7 +199,7 @@ def test_the_tokens_that_end_a_text():
         ),
         (
             {"rope_theta": 1e-30, "rope_scaling": {"rope_type": "linear", "factor": 1e-9}, "head_dim": 64},
-            "rope_scaling: expected finite frequencies, but they are not with {'rope_theta': 1e-30, 'rope_type'",
+            "rope_scaling: expected numbers that give finite frequencies, got {'rope_theta': 1e-30, 'rope_type'",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_patterns_take_the_first_key_that_fits():
     assert config.scale == 2
     rslora = LoraConfig(rank=8, alpha=16, rslora=True, rank_pattern={"q_proj": 4})
     assert rslora.scale_of(layer(0, "self_attn.q_proj")) == 8
-    idle = "{}: expected names of linears that have an adapter, got {!r}".format
+    idle = "{}: expected names of linears that get an adapter, got {!r}".format
     assert config.idle(LINEARS) == [idle("rank_pattern", "^mlp.up_proj"), idle("alpha_pattern", "_proj")]
     config = LoraConfig(targets=("q_proj",), alpha_pattern={"k_proj": 2})
     assert config.idle(LINEARS) == [idle("alpha_pattern", "k_proj")]
@@ -158,7 +158,7 @@ def test_patterns_take_the_first_key_that_fits():
         ({"layers": ()}, "layers: expected numbers"),
         ({"layers": [-1]}, "layers: expected numbers"),
         ({"layers": [0], "targets": ".*"}, "layers: expected none with a regular expression as targets"),
-        ({"layers_pattern": "layers"}, "layers_pattern: expected with layers only"),
+        ({"layers_pattern": "layers"}, "layers_pattern: expected only together with layers"),
         ({"layers": [0], "layers_pattern": "(a|a)*"}, 'layers_pattern: expected a name such as "layers"'),
         (
             {"rank_pattern": {"q_proj": 0}},

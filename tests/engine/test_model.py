@@ -324,7 +324,7 @@ def test_a_full_cache_says_so():
     kv = KVCache(m.config, batch=B, capacity=T)
     m.forward(TOKENS[:, :5], kv=kv)
     assert [array.shape for array in kv.arrays] == 2 * [(2, B, 5, K, h)]
-    with pytest.raises(ValueError, match=f"the cache holds {T} positions, {T + 1} were asked for"):
+    with pytest.raises(ValueError, match=f"kv: expected at most {T} positions, got {T + 1}"):
         m.forward(TOKENS[:, :3], kv=kv)
     assert kv.length == 5  # and can go on
     m.forward(TOKENS[:, :2], kv=kv)
@@ -333,7 +333,7 @@ def test_a_full_cache_says_so():
 def test_recomputing_does_not_go_with_the_cache():
     """A layer made again without the earlier keys would give wrong gradients, silently."""
     m = tiny_model(np.float32)
-    with pytest.raises(ValueError, match="does not go with kv"):
+    with pytest.raises(ValueError, match="recompute: expected only without kv"):
         m.forward(TOKENS, recompute=True, kv=KVCache(m.config, batch=B, capacity=T))
 
 

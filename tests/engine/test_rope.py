@@ -145,7 +145,7 @@ def test_what_is_right_passes_and_every_required_parameter_is_missed(kind):
     check_scaling({"rope_type": kind, **RIGHT[kind]}, pairs=3)
     for key in SCALINGS[kind][0]:
         rest = {name: value for name, value in RIGHT[kind].items() if name != key}
-        with pytest.raises(ValueError, match=f'RoPE of type "{kind}" has no "{key}"'):
+        with pytest.raises(ValueError, match=f'{key}: expected a value for RoPE of type "{kind}", got none'):
             check_scaling({"rope_type": kind, **rest}, pairs=3)
 
 
@@ -173,5 +173,5 @@ def test_what_is_wrong_is_named(kind, change, message):
 
 
 def test_dynamic_needs_two_pairs():
-    with pytest.raises(ValueError, match="two pairs"):
+    with pytest.raises(ValueError, match='two pairs of elements for "dynamic", got 1'):
         check_scaling({"rope_type": "dynamic", "factor": 2.0}, pairs=1)

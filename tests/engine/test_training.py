@@ -218,7 +218,7 @@ def test_a_run_that_diverges_is_told(losses, told, monkeypatch, recwarn):
     assert len(messages) == (told is not None)
     if told:
         assert f"the training loss rose {told}: the run has diverged" in messages[0]
-        assert "a lower learning rate than 0.001" in messages[0]
+        assert "a learning rate below 0.001" in messages[0]
 
 
 def test_rows_tell_what_was_done():

@@ -608,7 +608,7 @@ def test_a_weight_that_is_not_finite_is_named_where_it_enters(name, stored, quan
 
 @pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight", Q])
 @pytest.mark.parametrize(
-    ("value", "said"), [(70000.0, "what float16 holds, got 70000.0"), (np.inf, "finite numbers, got inf")]
+    ("value", "said"), [(70000.0, "a number that float16 holds, got 70000.0"), (np.inf, "finite numbers, got inf")]
 )
 def test_what_the_file_s_dtype_does_not_hold_is_not_written(name, value, said, saved):
     before = {file: file.read_bytes() for file in saved.iterdir()}
