@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,11 @@ def _between(value: Any, low: float, high: float, types: Any) -> bool:
     return isinstance(value, types) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
+def one_of(names: Sequence[str]) -> Rule:
+    """One of these names."""
+    return Rule(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
 def _tokens(value: Any) -> bool:
     several = value if isinstance(value, list | tuple) else [value]
     return len(several) > 0 and all(TOKEN.fits(token) for token in several)
@@ -45,6 +52,9 @@ SIZE = whole(1)
 POSITIVE = number(1e-30, 1e30)  # float32 holds it and its reciprocal
 TOKEN = whole(0)
 TOKENS = Rule("a token or a list of tokens", _tokens)
+NAMES = Rule("names", lambda value: isinstance(value, Collection) and all(isinstance(name, str) for name in value))
+SEED = whole(0, 2**64 - 1)
+PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike) and "\0" not in str(value))
 
 
 def check(name: str, value: Any, rule: Rule) -> None:
@@ -53,8 +63,47 @@ def check(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{name}: expected {rule.expected}, got {shown(value)}")
 
 
+def as_path(name: str, value: Any) -> Path:
+    """The value as a Path. Raises ValueError, beginning with `name`, if it is none."""
+    check(name, value, PATH)
+    return Path(value)
+
+
+def as_dtype(name: str, value: Any, dtypes: Sequence[Any]) -> np.dtype:
+    """The dtype that a value stands for. Raises ValueError, beginning with `name`, unless it is one of `dtypes`."""
+    try:
+        found = None if value is None else np.dtype(value)
+    except Exception:  # NumPy has many of its own
+        found = None
+    if found is None or found not in [np.dtype(dtype) for dtype in dtypes]:  # None equals float64
+        expected = ", ".join(str(np.dtype(dtype)) for dtype in dtypes)
+        raise ValueError(f"{name}: expected one of {expected}, got {shown(value)}")
+    return found
+
+
+def check_array(name: str, x: Any, kinds: str, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError, beginning with `name`, unless x is an array, of one of these kinds of dtype ("f": floats, "iu":
+    integers), and of `shape` if one is given."""
+    dtype: Any = getattr(x, "dtype", None)
+    masked = isinstance(x, np.ndarray) and type(x) not in (np.ndarray, np.memmap)  # whose arithmetic is another
+    is_array = isinstance(dtype, np.dtype) and hasattr(x, "reshape") and not masked
+    if not is_array or dtype.kind not in kinds or shape not in (None, x.shape):
+        what = "floats" if "f" in kinds else "integers"
+        raise ValueError(f"{name}: expected {what}{'' if shape is None else f' of shape {shape}'}, got {shown(x)}")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise ValueError, beginning with `name`, unless the value is a mapping by names."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}: expected a mapping by names, got {shown(value)}")
+
+
 def shown(value: Any, longest: int = 60) -> str:
-    """A value as an error message shows it: on one line, cut to `longest` characters."""
+    """A value as an error message shows it: on one line, cut to `longest` characters; an array by its
+    dtype and shape."""
+    if isinstance(getattr(value, "dtype", None), np.dtype) and getattr(value, "shape", None):
+        kind = "" if type(value) is np.ndarray else f"{type(value).__name__} of "
+        return f"{kind}{value.dtype} of shape {value.shape}"
     try:
         return cut(" ".join(repr(value).split()), longest)
     except (ValueError, RecursionError):  # an int of thousands of digits, a list of thousands of lists

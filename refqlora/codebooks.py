@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from .backend import Array, array_module
+from .checks import check, whole
 
 
 def _derived_once(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -38,7 +39,6 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     return np.where(i < n // 2, a + step * i, b - step * (n - 1 - i)).astype(np.float32)
 
 
-@_derived_once
 def normal_float(bits: int = 4) -> np.ndarray:
     """NormalFloat: quantiles of N(0, 1), scaled to [-1, 1] and sorted. (2^bits,) float32.
 
@@ -59,8 +59,12 @@ def normal_float(bits: int = 4) -> np.ndarray:
 
     Raises ValueError unless bits is 2 to 8.
     """
-    if bits not in range(2, 9):
-        raise ValueError(f"normal_float: bits: expected 2 to 8, got {bits!r}")
+    check("bits", bits, whole(2, 8))
+    return _normal_float(bits)
+
+
+@_derived_once
+def _normal_float(bits: int) -> np.ndarray:
     p = round(1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2, 7)
     above = ndtri(_linspace(p, 0.5, 2 ** (bits - 1) + 1)[:-1].astype(np.float64))  # (2^(bits-1),)
     below = -ndtri(_linspace(p, 0.5, 2 ** (bits - 1))[:-1].astype(np.float64))  # (2^(bits-1) - 1,)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .architectures import ARCHITECTURES, Architecture
-from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, shown, whole
+from .checks import POSITIVE, SIZE, SWITCH, TEXT, TOKENS, Rule, check, check_mapping, cut, shown, whole
 from .rope import check_scaling, rope_frequencies
 
 # What each field must be unless it is None; files/config_json.py checks config.json by the same rules.
@@ -81,7 +81,7 @@ class Config:
             if getattr(self, field) != value:
                 raise ValueError(f"{field}: expected {value} for {self.model_type}, got {getattr(self, field)}")
         activations = ("silu", "gelu_tanh") if self.architecture.gated else ("gelu_tanh",)
-        if self.activation not in activations:
+        if not isinstance(self.activation, str) or self.activation not in activations:
             expected = f"{' or '.join(activations)} for {self.model_type}"
             raise ValueError(f"activation: expected {expected}, got {shown(self.activation)}")
         if self.heads % self.kv_heads:
@@ -90,6 +90,8 @@ class Config:
             self._check_rope()
         elif self.heads != self.kv_heads or self.heads * self.head_dim != self.hidden_size:
             raise ValueError(f"{self.model_type}: its heads share hidden_size evenly, and each has its own keys")
+        if not isinstance(self.windows, tuple | None):
+            raise ValueError(f"windows: expected None or a tuple, got {shown(self.windows)}")
         if self.windows is not None:
             known = {w for w in self.windows if w is not None}
             if len(self.windows) != self.layers or len(known) > 1 or not all(SIZE.fits(w) for w in known):
@@ -215,11 +217,13 @@ def _outputs(names: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
 
 def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise ValueError naming the first tensor that is missing, misshapen or unexpected, if there is one."""
+    check_mapping(where, params)
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"{where}: {name} {shape} is missing")
-        if tuple(params[name].shape) != tuple(shape):
-            raise ValueError(f"{where}: {name} has shape {tuple(params[name].shape)}, expected {tuple(shape)}")
+        found = getattr(params[name], "shape", None)
+        if found != tuple(shape):
+            raise ValueError(f"{where}: {name} has shape {found}, expected {tuple(shape)}")
     for name in params:
         if name not in shapes:
-            raise ValueError(f"{where}: {name} is not expected in this model")
+            raise ValueError(f"{where}: {cut(name, 200)} is not expected in this model")

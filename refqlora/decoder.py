@@ -79,7 +79,7 @@ def decoder_forward(
         logits, softcap = softcap_forward(logits, config.final_logit_softcapping)
     return logits, {
         "embedding": embedding, "positions": learned, "layers": layers, "norm": norm, "head": head,
-        "softcap": softcap, "rope": rope, "recompute": recompute, "adapter": adapter,
+        "softcap": softcap, "rope": rope, "recompute": recompute, "adapter": adapter, "shape": logits.shape,
     }  # fmt: skip
 
 

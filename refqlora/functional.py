@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import check, check_array, number
 
 IGNORE = -100  # the label of a position that does not count (the convention of torch and transformers)
 
@@ -265,6 +266,11 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     """
     xp = array_module(logits)
     labels = labels if hasattr(labels, "dtype") else np.asarray(labels)
+    check_array("logits", logits, "f")
+    if logits.ndim == 0:
+        raise ValueError("logits: expected shape (..., V), got ()")
+    if denominator is not None:
+        check("denominator", denominator, number(0, 1e300))
     counted = _check_labels(logits, labels)
     vocabulary = logits.shape[-1]
     if denominator is None:

@@ -9,11 +9,13 @@ s is alpha / r. Names and orientation are PEFT's. minimal.py has the QLoRA linea
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from .backend import Array, array_module
+from .checks import check, check_array, number, shown
 from .quantization import QuantizedTensor, dequantize
 
 Weight = Array | QuantizedTensor  # (out, in)
@@ -138,6 +140,17 @@ def merge(weight: Weight, lora: LoRA) -> Array:
         array([[1.5, 0.5],
                [0.5, 1.5]], dtype=float32)
     """
+    if not isinstance(weight, QuantizedTensor):
+        check_array("weight", weight, "fV")
+    if not isinstance(lora, LoRA) or len(weight.shape) != 2:
+        raise ValueError(f"merge: expected a weight (out, in) and its LoRA, got {shown(weight)} and {shown(lora)}")
+    check_array("lora.A", lora.A, "fV")
+    rank = lora.A.shape[0] if lora.A.ndim else 0
+    check_array("lora.A", lora.A, "fV", (rank, weight.shape[1]))
+    check_array("lora.B", lora.B, "fV", (weight.shape[0], rank))
+    check("lora.scale", lora.scale, number(0, math.inf))
+    if lora.magnitude is not None:
+        check_array("lora.magnitude", lora.magnitude, "fV", weight.shape[:1])
     dtype = np.dtype(np.float32) if isinstance(weight, QuantizedTensor) else weight.dtype
     w = dense(weight, np.promote_types(dtype, np.float32))
     merged = w + lora.scale * (lora.B @ lora.A)

@@ -12,6 +12,7 @@ import numpy as np
 from .adapter_sums import as_lora, combine_adapters
 from .adapters import Adapter, adapter_from_file, new_adapter
 from .backend import Array
+from .checks import SEED, SWITCH, TEXT, as_dtype, as_path, check, check_array, check_mapping, one_of, shown
 from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
 from .decoder import decoder_backward, decoder_forward
@@ -20,7 +21,7 @@ from .files.hub import model_directory
 from .kv_cache import KVCache
 from .lora import Weight
 from .lora_config import LoraConfig
-from .quantization import QuantizedTensor
+from .quantization import QUANTIZABLE, QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
 from .reprs import facts_html
 
@@ -50,10 +51,10 @@ class Model:
         check_shapes(params, config.shapes(), "the model")
         self.config = config
         self.params = params
-        held = params[config.architecture.embedding + ".weight"].dtype
-        self.dtype = np.dtype(dtype or (np.float64 if held == np.float64 else np.float32))
-        if self.dtype not in (np.float32, np.float64):
-            raise ValueError(f"dtype: expected float32 or float64, got {self.dtype}")
+        if dtype is None:
+            held = params[config.architecture.embedding + ".weight"].dtype
+            dtype = np.float64 if held == np.float64 else np.float32
+        self.dtype = as_dtype("dtype", dtype, (np.float32, np.float64))
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.directory: Path | None = None  # where the model was loaded from: its tokenizer is there
@@ -96,6 +97,8 @@ class Model:
     def from_config(cls, config: Config, seed: int = 0, dtype: Any = np.float32) -> Model:
         """A new model with random weights: normal with std 0.02, divided by sqrt(2 * layers) for the two projections
         that add to the residual stream (Radford et al. 2019, section 2.3); norms 1, biases 0."""
+        check("seed", seed, SEED)
+        dtype = as_dtype("dtype", dtype, QUANTIZABLE)
         rng, a = np.random.default_rng(seed), config.architecture
         params: dict[str, Weight] = {}
         for name, shape in config.shapes().items():
@@ -133,7 +136,10 @@ class Model:
         The end tokens are those of generation_config.json, if it names any. Raises ValueError or FileNotFoundError
         naming what is missing, unexpected, misshapen, not finite or not supported.
         """
-        directory, given = model_directory(path), adapters or {}
+        dtype = as_dtype("dtype", dtype, (np.float32, np.float64))
+        check("seed", seed, SEED)
+        check_mapping("adapters", adapters or {})
+        directory, given = model_directory(as_path("path", path)), adapters or {}
         configs = (one if isinstance(one, LoraConfig) else adapter_files.read_config(one) for one in given.values())
         late = any(config.changes_base for config in configs)
         model = cls(*pretrained.load(directory, None if late else quantize, dtype), dtype)
@@ -161,13 +167,12 @@ class Model:
         """Write config.json and the weights, without adapters: model.safetensors, or shards of at most `max_shard_size`
         (bytes, or text such as "500MB") and their index. Dense weights are written in `dtype`, quantised ones as
         bitsandbytes writes them (ValueError for a codebook that it does not know)."""
-        pretrained.save(path, self.config, self.params, dtype, max_shard_size)
+        pretrained.save(as_path("path", path), self.config, self.params, dtype, max_shard_size)
 
     def quantize(self, kind: str = "nf4", **options: Any) -> None:
         """Quantise each linear's weight to "nf4", "fp4" or "int4" in place, and so the residuals of PiSSA and OLoRA
         adapters. options: those of `rq.quantize`. What is quantised already stays as it is."""
-        if kind not in CODEBOOKS:
-            raise ValueError(f"quantize: expected one of {', '.join(CODEBOOKS)}, got {kind!r}")
+        check("kind", kind, one_of(list(CODEBOOKS)))
         linears = {name + ".weight" for name in self.config.linears()}
         for weights in (self.params, *(adapter.residual for adapter in self.adapters.values())):
             for name, weight in weights.items():
@@ -182,6 +187,7 @@ class Model:
         options: the fields of LoraConfig (rank, alpha, targets, dora, init, ...). The logits do not change until it is
         trained. `init="pissa"` decomposes the dense weight, so quantise afterwards.
         """
+        check("seed", seed, SEED)
         self._adopt(name, new_adapter(LoraConfig(**options), self.params, self.config.linears(), self.dtype, seed))
 
     def combine_adapters(
@@ -197,7 +203,8 @@ class Model:
     def load_adapter(self, path: str | Path, name: str = "default") -> None:
         """Read a PEFT adapter from a directory and make it the active one. Raises ValueError or FileNotFoundError if it
         does not fit this model exactly, or is not there."""
-        config, params = adapter_files.load_adapter(Path(path), self.config.architecture.conv1d)
+        path = as_path("path", path)
+        config, params = adapter_files.load_adapter(path, self.config.architecture.conv1d)
         linears = self.config.linears()
         self._adopt(name, adapter_from_file(config, params, self.params, linears, self.dtype, str(path)))
 
@@ -209,25 +216,30 @@ class Model:
         base: the name of the base model to record. plain: write PiSSA or OLoRA as plain LoRA of twice the rank
         (adapter_sums.as_lora); None: only pissa_niter_N, whose start is random, so that the files cannot describe it.
         """
-        adapter = self.adapters[self._known(name or self.active)]
+        path = as_path("path", path)
+        check("base", base, TEXT)
+        if plain is not None:
+            check("plain", plain, SWITCH)
+        adapter = self.adapters[self._known(self.active if name is None else name)]
         if plain or (plain is None and adapter.config.init.startswith("pissa_niter")):
             adapter = as_lora(adapter)
         conv1d = self.config.architecture.conv1d
-        adapter_files.save_adapter(Path(path), adapter.config, adapter.params, base, conv1d)
+        adapter_files.save_adapter(path, adapter.config, adapter.params, base, conv1d)
 
     def set_adapter(self, name: str | None) -> None:
         """Make the adapter `name` the active one. None turns adapters off: the logits are the base's, to the bit."""
         self.active = None if name is None else self._known(name)
 
     def _adopt(self, name: str, adapter: Adapter) -> None:
+        check("name", name, TEXT)
         if name in self.adapters:
             raise ValueError(f"there is an adapter {name!r} already")
         self.adapters[name] = adapter
         self.active = name
 
     def _known(self, name: str | None) -> str:
-        if name is None or name not in self.adapters:
-            raise ValueError(f"no adapter {name!r}; there are: {', '.join(map(repr, self.adapters)) or 'none'}")
+        if not isinstance(name, str) or name not in self.adapters:
+            raise ValueError(f"no adapter {shown(name)}; there are: {', '.join(map(repr, self.adapters)) or 'none'}")
         return name
 
     def trainable(self) -> dict[str, Array]:
@@ -253,7 +265,7 @@ class Model:
         """tokens (B, T) integers -> logits (B, T, V), cache: `decoder_forward`, which explains the options, with the
         active adapter. Raises ValueError for tokens of another shape or outside the vocabulary, and for more positions
         than the model or `kv` can take."""
-        tokens = self._checked(tokens, recompute, kv)
+        tokens = self._checked(tokens, rng, recompute, kv)
         adapter = None if self.active is None else self.adapters[self.active]
         return decoder_forward(
             self.config, self.params, tokens, self.dtype, adapter, rng=rng, recompute=recompute, kv=kv
@@ -270,10 +282,11 @@ class Model:
             raise ValueError("backward: the cache is that of a forward with another adapter than the active one")
         if len(cache["layers"]) != self.config.layers:
             raise ValueError("backward: the cache was used before: call forward again")
+        check_array("dlogits", dlogits, "f", cache["shape"])
         grads = decoder_backward(self.config, self.params, dlogits, cache)
         return {name: grads[name] for name in wanted}
 
-    def _checked(self, tokens: Any, recompute: bool, kv: KVCache | None) -> Array:
+    def _checked(self, tokens: Any, rng: np.random.Generator | None, recompute: bool, kv: KVCache | None) -> Array:
         tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: expected integers of shape (B, T), got {tokens.dtype} of shape {tokens.shape}")
@@ -282,6 +295,9 @@ class Model:
         low, high, config = int(tokens.min()), int(tokens.max()), self.config
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens: {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")
+        for name, value, kind in (("rng", rng, np.random.Generator), ("kv", kv, KVCache)):
+            if not isinstance(value, kind | None):
+                raise ValueError(f"{name}: expected a {kind.__name__} or None, got {shown(value)}")
         if recompute and kv is not None:
             raise ValueError("recompute: expected only without kv: it computes a layer again from its input alone")
         start = 0 if kv is None else kv.length

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import Rule, check, finite, number, shown
+from .checks import NAMES, Rule, check, check_array, check_mapping, finite, number, one_of, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
 CPU_BLOCK = 1 << 16
 GPU_BLOCK = 1 << 22
 
 SCHEDULES = ("constant", "linear", "cosine")
-
 NOT_NEGATIVE = number(0, 1e300)
+_MAX_NORM = Rule("a number above 0", number(math.nextafter(0, 1), math.inf).fits)
 _BETA = number(0, math.nextafter(1, 0))
 _BETAS = Rule(
     "two numbers from 0 to below 1",
@@ -112,9 +112,11 @@ class AdamW:
         weight_decay: float = 0.0,
         decay: Callable[[str], bool] | Collection[str] | None = None,
     ) -> None:
+        check_mapping("params", params)
         if not params:
             raise ValueError("AdamW: no parameters to optimise")
         for name, p in params.items():
+            check_array(f"parameter {name}", p, "f")
             if p.dtype not in (np.float32, np.float64):
                 raise ValueError(f"parameter {name}: expected float32 or float64, got {p.dtype}")
             if not p.flags.c_contiguous:
@@ -124,9 +126,9 @@ class AdamW:
             decay = params.keys()
         elif callable(decay):
             decay = [name for name in params if decay(name)]
-        unknown = sorted(set(decay) - params.keys())
-        if unknown:
-            raise ValueError(f"decay: {unknown[0]} is not a parameter")
+        check("decay", decay, NAMES)
+        if unknown := set(decay) - params.keys():
+            raise ValueError(f"decay: {shown(min(unknown))} is not a parameter")
 
         self.params = dict(params)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
@@ -146,6 +148,7 @@ class AdamW:
         """
         lr = self.lr if lr is None else lr
         check("lr", lr, NOT_NEGATIVE)
+        check_mapping("grads", grads)
         for name, p in self.params.items():
             if name not in grads:
                 raise ValueError(f"parameter {name}: no gradient")
@@ -226,10 +229,11 @@ def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float) -> float:
         >>> rq.clip_by_global_norm({"a": np.array([3.0]), "b": np.array([4.0])}, max_norm=1.0)
         5.0
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
+    check("max_norm", max_norm, _MAX_NORM)
+    check_mapping("grads", grads)
     total = 0.0
     for name, g in grads.items():
+        check_array(f"gradient of {name}", g, "f")
         total += _sum_of_squares(g)
         if not math.isfinite(total):
             fault = not_finite(f"gradient of {name}", g) or f"gradient of {name}: its square overflows"
@@ -259,8 +263,7 @@ def learning_rate(
     `get_constant_schedule_with_warmup` and its linear and cosine counterparts, up to total_steps (past it,
     their cosine rises again). Raises ValueError for settings that do not fit together.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {shown(schedule)}")
+    check("schedule", schedule, one_of(SCHEDULES))
     check("peak", peak, NOT_NEGATIVE)
     check("floor", floor, number(0, peak))
     if not 0 <= warmup_steps <= total_steps:
@@ -305,5 +308,6 @@ def check_options(lr: float, betas: tuple[float, float], eps: float, weight_deca
 
 def check_like(what: str, found: Array, expected: Array) -> None:
     """Raise ValueError, beginning with `what`, unless `found` has the shape and dtype of `expected`."""
+    check_array(what, found, "fiu")
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise ValueError(f"{what}: expected {expected.dtype} {expected.shape}, got {found.dtype} {found.shape}")

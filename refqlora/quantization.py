@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import finite
+from .checks import SWITCH, as_dtype, check, check_array, finite, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 from .reprs import facts_html
 
@@ -161,6 +161,7 @@ def quantize(
     """
     w = w if hasattr(w, "dtype") else np.asarray(w)
     codebook = _codebook(codebook, (16, 16), name)
+    check(f"{name}: double_quant", double_quant, SWITCH)
     packed, absmax = _quantize(w, codebook, block_size, name, pack=True)
     constants = quantize_constants(absmax, nested) if double_quant else (absmax, None, None)
     return QuantizedTensor(packed, constants[0], codebook, w.shape, block_size, w.dtype, *constants[1:])
@@ -174,10 +175,14 @@ def dequantize(q: QuantizedTensor, dtype: np.dtype | type = np.float32, out: Arr
         >>> rq.dequantize(rq.quantize(np.array([1.0, -0.5, 0.25], np.float32))).round(3)
         array([ 1.   , -0.525,  0.246], dtype=float32)
     """
+    if not isinstance(q, QuantizedTensor):
+        raise ValueError(f"q: expected a QuantizedTensor, got {shown(q)}")
     if out is None:
-        out = array_module(q.packed).empty(q.shape, dtype)
-    elif out.shape != q.shape or not out.flags.c_contiguous:
-        raise ValueError(f"out: expected C-contiguous, of shape {q.shape}, got {out.shape}, strides {out.strides}")
+        out = array_module(q.packed).empty(q.shape, as_dtype("dtype", dtype, QUANTIZABLE))
+    else:
+        check_array("out", out, "fV", q.shape)
+        if not out.flags.c_contiguous:
+            raise ValueError(f"out: expected a C-contiguous array of shape {q.shape}, got strides {out.strides}")
     flat, absmax = out.reshape(-1), q.constants()
     even = q.size // 2 * 2
     _dequantize(q.packed[: even // 2], _pairs(q.codebook.tobytes()), absmax, q.block_size, flat[:even])
@@ -329,7 +334,7 @@ def _pairs(codebook: bytes) -> np.ndarray:
 
 
 def _blocks(size: int, block_size: int, name: str = "") -> int:
-    if block_size not in BLOCK_SIZES or not isinstance(block_size, int | np.integer):
+    if not isinstance(block_size, int | np.integer) or block_size not in BLOCK_SIZES:
         raise ValueError(f"{name}: block_size: expected one of {BLOCK_SIZES}, got {block_size!r}")
     return -(-size // block_size)
 

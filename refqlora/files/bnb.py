@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from ..backend import Array
-from ..checks import finite, number, shown
+from ..checks import cut, finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
 from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
 from . import model_files
@@ -153,7 +153,7 @@ def _state(key: str, array: np.ndarray, where: str) -> State:
     nested = any(field in d for field in _NESTED)
     fields = {"quant_type", "blocksize", "dtype", "shape", *(_NESTED if nested else ())}
     for field in sorted(fields ^ d.keys()):
-        raise ValueError(f'{where}: "{field}" is {"missing" if field in fields else "not expected"}')
+        raise ValueError(f'{where}: "{cut(field, 60)}" is {"missing" if field in fields else "not expected"}')
 
     kind = key.rpartition("__")[2]
     shape, offset, top = d["shape"], d.get("nested_offset"), float(np.finfo(np.float32).max)

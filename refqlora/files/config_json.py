@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..architectures import ARCHITECTURES
-from ..checks import SIZE, SWITCH, TEXT, TOKEN, TOKENS, Rule, check, number, shown, whole
+from ..checks import POSITIVE, SIZE, SWITCH, TEXT, TOKEN, TOKENS, Rule, check, number, shown, whole
 from ..config import RULES, Config
 from ..rope import SCALINGS
 from .reading import read_json
@@ -36,8 +36,10 @@ _GENERATION: dict[str, Rule] = {
     "eos_token_id": TOKENS,
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
     "do_sample": SWITCH,
-    **dict.fromkeys(("temperature", "repetition_penalty"), number(0, 1e30)),
-    **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
+    "temperature": number(0, 1e30),
+    "repetition_penalty": POSITIVE,
+    "top_p": Rule("a number above 0 and at most 1", number(5e-324, 1).fits),
+    "min_p": number(0, 1),
     "top_k": whole(0, 2**63),
     "max_new_tokens": SIZE,
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import finite, shown
+from ..checks import as_dtype, check, finite, one_of
 from ..codebooks import CODEBOOKS
 from ..config import Config, check_shapes
 from ..lora import Weight
@@ -29,9 +29,9 @@ def load(model: str | Path, quantize: str | None, dtype: Any) -> tuple[Config, d
     A tensor that is missing, unexpected or misshapen is found in the files' headers before any tensor is read, but in
     bitsandbytes' files, whose weights come in parts, only at the end.
     """
-    if quantize not in (None, *CODEBOOKS):
-        raise ValueError(f"quantize: expected None or one of {', '.join(CODEBOOKS)}, got {shown(quantize)}")
-    _check_dtype(dtype)
+    if quantize is not None:
+        check("quantize", quantize, one_of(list(CODEBOOKS)))
+    dtype = as_dtype("dtype", dtype, FLOATS)
     path = model_directory(model)
     (config, d), where = read_config(path), str(path / "config.json")
     if eos := read_generation_config(path).get("eos_token_id"):
@@ -85,7 +85,7 @@ def save(
     are changed. Raises ValueError that names a tensor with numbers too large for `dtype`.
     """
     path = Path(path)
-    _check_dtype(dtype)
+    dtype = as_dtype("dtype", dtype, FLOATS)
     shard_bytes = model_files.parse_size(max_shard_size)
     quantization = bnb.config_of(params, config.linears(), dtype)
     if base is None:
@@ -100,11 +100,6 @@ def save(
             model_files.copy_companions(base, new)
         model_files.write_model(new, tensors, shard_bytes)
         write_json(new / "config.json", d | quantization)
-
-
-def _check_dtype(dtype: Any) -> None:
-    if np.dtype(dtype) not in FLOATS:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {np.dtype(dtype)}")
 
 
 def check_tensors(path: Path, config: Config) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.reading import read_json
 from .examples import Marked
 from .prefix_cache import shared_prefix
-from .tokenizer import encode
+from .tokenizer import check_text, encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -145,7 +145,9 @@ class ChatTemplate:
         self._sandbox.marking = marking
         self._sandbox.begin()
         try:
-            return self._template.render(variables)
+            text = self._template.render(variables)
+            check_text(text)
+            return text
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
 

@@ -28,7 +28,8 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, block_size: int, e
     stream = np.concatenate(texts or [np.zeros(0, np.int32)])
     n = (len(stream) - 1) // block_size  # the last label is one token further
     if n < 1:
-        raise ValueError(f"the text has {len(stream)} tokens; a block of {block_size} needs {block_size + 1}")
+        what = documents[0].name if len(documents) == 1 else f"the {len(documents)} texts"
+        raise ValueError(f"{what}: expected {block_size + 1} tokens for a block of {block_size}, got {len(stream)}")
     tokens, labels = (stream[i : i + n * block_size].reshape(n, block_size) for i in (0, 1))
     return Dataset(list(tokens), list(labels), token_bytes(tokenizer))
 

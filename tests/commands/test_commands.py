@@ -270,7 +270,7 @@ BAD = [
     (FINETUNE + "--data missing.jsonl", "missing.jsonl: no such file or directory"),
     (FINETUNE + "--data empty.txt", "empty.txt: the file is empty"),
     (FINETUNE + "--data blank.txt", "blank.txt: the file is empty"),
-    (FINETUNE + "--data short.txt", "the text has 5 tokens; a block of 16 needs 17"),
+    (FINETUNE + "--data short.txt", "short.txt: expected 17 tokens for a block of 16, got 5"),
     (FINETUNE + "--data latin.txt", "latin.txt: not UTF-8 text: byte offset 2"),
     (FINETUNE + "--data nothing", "nothing: expected a file, or a directory with files"),
     (FINETUNE + "--data none.jsonl", "none.jsonl: expected an example on each line, or an array of them, got none"),

@@ -1,5 +1,8 @@
 """Values are checked in one dialect; numbers that are not finite are found and named."""
 
+from functools import partial
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,10 +33,48 @@ def test_a_rule(rule, good, bad, said):
         assert str(error.value) == f"x: expected {said}, got {checks.shown(value)}"
 
 
+@pytest.mark.parametrize(
+    ("door", "bad", "said"),
+    [
+        (checks.as_path, 5, "expected a path, got 5"),
+        (checks.as_path, "a\0b", r"expected a path, got 'a\x00b'"),
+        (partial(checks.as_dtype, dtypes=(np.float32, "f8")), "x", "expected one of float32, float64, got 'x'"),
+        (partial(checks.as_dtype, dtypes=(np.float32, "f8")), None, "expected one of float32, float64, got None"),
+        (partial(checks.check_array, kinds="f"), [1.0], "expected floats, got [1.0]"),
+        (partial(checks.check_array, kinds="f"), np.float16, "expected floats, got <class 'numpy.float16'>"),
+        (
+            partial(checks.check_array, kinds="f"),
+            np.ma.ones(3),
+            "expected floats, got MaskedArray of float64 of shape (3,)",
+        ),
+        (partial(checks.check_array, kinds="iu"), np.ones(3), "expected integers, got float64 of shape (3,)"),
+        (
+            partial(checks.check_array, kinds="f", shape=(3,)),
+            np.ones((1, 3)),
+            "expected floats of shape (3,), got float64 of shape (1, 3)",
+        ),
+        (checks.check_mapping, [1], "expected a mapping by names, got [1]"),
+        (checks.check_mapping, {1: 2}, "expected a mapping by names, got {1: 2}"),
+    ],
+)
+def test_what_a_door_refuses(door, bad, said):
+    with pytest.raises(ValueError, match="expected") as error:
+        door("x", bad)
+    assert str(error.value) == f"x: {said}"
+
+
+def test_what_a_door_lets_through():
+    assert checks.as_path("x", "a/b") == checks.as_path("x", Path("a/b")) == Path("a/b")
+    assert checks.as_dtype("x", "float64", [np.float32, np.float64]) == np.float64
+    checks.check_array("x", np.ones((2, 3), np.float16), "f", (2, 3))
+    checks.check_array("x", np.ones(0, np.uint8), "iu")
+    checks.check_mapping("x", {"a": 1})
+
+
 def test_a_value_is_shown_on_one_line_and_cut():
     assert checks.shown("a\nb") == r"'a\nb'"
     assert checks.shown([1, 2]) == "[1, 2]"
-    assert checks.shown(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
+    assert checks.shown(np.zeros((2, 2))) == "float64 of shape (2, 2)"
     assert len(checks.shown("x" * 10**6)) == len(checks.shown(list(range(999)))) == 60
     assert checks.shown(10**9999) == "int too large to show"
     deep = []

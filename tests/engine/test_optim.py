@@ -195,7 +195,7 @@ def test_a_wrong_gradient_is_named_and_changes_nothing(change, message):
         ({"lr": math.nan}, "lr: .*nan"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": math.inf}, "weight_decay"),
-        ({"decay": ["q"]}, "decay: q is not a parameter"),
+        ({"decay": ["q"]}, "decay: 'q' is not a parameter"),
     ],
 )
 def test_unusable_settings(arguments, message):

@@ -545,7 +545,7 @@ def test_a_spoilt_model_is_refused_by_name(saved, spoil, said, quantize):
 
 
 def test_quantize_is_a_codebook_or_nothing(saved):
-    assert "quantize: expected None or one of nf4, fp4, int4, got 'int8'" in complaint(
+    assert "quantize: expected one of nf4, fp4, int4, got 'int8'" in complaint(
         lambda path: rq.Model.from_pretrained(path, quantize="int8"), saved
     )
 
@@ -629,4 +629,4 @@ def test_a_dtype_that_weights_cannot_have_is_refused(dtype, saved):
         lambda path: rq.Model.from_pretrained(path, dtype=dtype),
         lambda path: new_model().save_pretrained(path, dtype),
     ):
-        assert complaint(call, saved).startswith("dtype: expected one of float16, bfloat16, float32, float64, got ")
+        assert complaint(call, saved).startswith("dtype: expected one of ")

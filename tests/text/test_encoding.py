@@ -62,9 +62,9 @@ def test_pack_joins_with_eos_and_cuts_into_blocks():
 
 def test_pack_needs_one_token_more_than_a_block():
     assert len(pack([Document("1", "a b c")], LETTERS, 3, EOS)) == 1
-    with pytest.raises(ValueError, match="the text has 4 tokens; a block of 4 needs 5"):
+    with pytest.raises(ValueError, match="expected 5 tokens for a block of 4, got 4"):
         pack([Document("1", "a b c")], LETTERS, 4, EOS)
-    with pytest.raises(ValueError, match="the text has 0 tokens"):
+    with pytest.raises(ValueError, match="the 0 texts: expected 5 tokens"):
         pack([], LETTERS, 4, EOS)
 
 
@@ -101,7 +101,7 @@ def test_pack_split_holds_out_blocks_otherwise(documents):
 
 
 def test_pack_split_of_too_little_is_an_error():
-    with pytest.raises(ValueError, match="the text has 4 tokens"):
+    with pytest.raises(ValueError, match="1: expected 10 tokens for a block of 9, got 4"):
         pack_split([Document("1", "a b c")], LETTERS, 9, EOS, 0.5, seed=0)
     with pytest.raises(ValueError, match="takes 1 of 1 examples or blocks of text: nothing is left"):
         pack_split([Document("1", "a b c")], LETTERS, 3, EOS, 0.5, seed=0)

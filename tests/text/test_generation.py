@@ -333,8 +333,8 @@ def test_the_model_s_own_options(content, expected, tmp_path):
         ({"temperature": True}, r"temperature: expected a number from 0 to 1e\+30, got True"),
         ({"do_sample": True, "temperature": -1}, r"temperature: expected a number from 0 to 1e\+30, got -1"),
         ({"top_k": 1.5}, "top_k: expected a whole number from 0 to .*, got 1.5"),
-        ({"top_p": "0.9"}, "top_p: expected a number from 0 to 1, got '0.9'"),
-        ({"top_p": 9}, "top_p: expected a number from 0 to 1, got 9"),
+        ({"top_p": "0.9"}, "top_p: expected a number above 0 and at most 1, got '0.9'"),
+        ({"top_p": 9}, "top_p: expected a number above 0 and at most 1, got 9"),
     ],
 )
 def test_a_bad_value_is_named_with_the_file(content, message, tmp_path):
