@@ -194,7 +194,7 @@ def test_what_a_dtype_does_not_hold_is_named(name, base, tmp_path):
     value = dict(files.read_tensors(copy / "model.safetensors"))[name]
     value.flat[3] = 1e6
     change_tensors(copy / "model.safetensors", {name: value})
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected what float16 holds, got 1000000\.0"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected a number that float16 holds, got 1000000\.0"):
         merge_model(copy, [trained(base, tmp_path / "a")], tmp_path / "out", dtype="float16", trained_on_nf4=False)
     assert not (tmp_path / "out").exists()
 
@@ -249,7 +249,7 @@ def test_bad_input_is_refused(base, tmp_path, capsys):
         f"--adapter {adapter} --out {tmp_path / 'full'}": "full: expected a new or empty directory, got",
         f"--adapter {adapter} --out {base}": "expected a new or empty directory, got",
         f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
-        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": "expected what float16 holds, got",
+        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": "expected a number that float16 holds, got",
         f"--adapter {idle} --out {tmp_path / 'o'}": "nothing to merge: the adapters change no weight",
     }
     for argv, message in cases.items():
