@@ -1,4 +1,4 @@
-"""What can be wrong with a 4-bit checkpoint of bitsandbytes', and what the complaint must name."""
+"""Faults of a bitsandbytes 4-bit checkpoint, and what each error must name."""
 
 import json
 

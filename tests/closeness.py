@@ -1,4 +1,4 @@
-"""Results in float32 held against a library's in float32: near them, and no farther from float64 than they are.
+"""Results in float32 compared with a library's: near them, and no farther from float64 than they are.
 
 How far the two are apart depends on the CPU: on its BLAS, the width of its vectors, its fused multiply-add. How far
 each is from float64 says whose rounding it is. A bound that holds on every CPU therefore asks for both.

@@ -1,4 +1,4 @@
-"""With REFQLORA_REQUIRE_ORACLES=1, a parity test that would be skipped for want of its library fails."""
+"""With REFQLORA_REQUIRE_ORACLES=1, a parity test whose library is missing fails instead of being skipped."""
 
 import os
 

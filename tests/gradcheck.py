@@ -87,7 +87,7 @@ class Check:
         return (self._run()[0] * self.upstream).sum()
 
     def errors(self) -> dict[str, float]:
-        """The relative error of each gradient; inf for one that has not the shape of its input."""
+        """The relative error of each gradient; inf if its shape is not its input's."""
         errors = {}
         numeric, analytic = self.numeric, self._run()[1](self.upstream)
         for name, (elements, values) in numeric.items():

@@ -1,4 +1,4 @@
-"""Short runs of training on the tiny Llama, and what they leave: for the tests of the loop and of resuming."""
+"""Short training runs on the tiny Llama and their results, for the tests of the loop and of resuming."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A tiny model to write and to spoil: its files changed, cut short, refused by name."""
+"""A tiny model whose files are spoilt: changed or cut short, and refused by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A tiny Llama of random weights, its tokenizer and some text: what the tests of the upper floors train and run."""
+"""A tiny Llama of random weights, its tokenizer and some text, for tests that train and run a model."""
 
 import functools
 from contextlib import contextmanager

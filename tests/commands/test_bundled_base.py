@@ -1,4 +1,4 @@
-"""The bundled base as it is: small, whole, and able to write something like Python."""
+"""The bundled base is small, complete, and writes something like Python."""
 
 import ast
 import math

@@ -273,7 +273,7 @@ def test_sampling_differs_from_turn_to_turn_and_not_from_run_to_run(place, monke
         (["word " * 300], r"the message's \d+ tokens fill the model's context of 256"),
     ],
 )
-def test_what_is_wrong_ends_a_piped_conversation(lines, message, place, monkeypatch, capsys):
+def test_an_error_ends_a_piped_conversation(lines, message, place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert call("generate", "--chat", "--model", "model") == 2
     assert re.fullmatch(f"{QUANTISED}refqlora generate: {message}.*\n", capsys.readouterr().err)
@@ -465,7 +465,7 @@ class Terminal:
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="this system has no terminals of that kind")
 def test_a_person_at_a_terminal(place):
-    """Errors are told and the conversation goes on; Ctrl-C stops the answer, Ctrl-D leaves."""
+    """Errors are printed and the conversation continues; Ctrl-C stops the answer, Ctrl-D leaves."""
     shutil.copytree(place / "chatml", place / "endless", symlinks=False)
     config = json.loads((place / "endless" / "config.json").read_text())
     config |= {"eos_token_id": None, "max_position_embeddings": 100_000}

@@ -1,4 +1,4 @@
-"""The command line: its help is whole, its options arrive, and what is wrong is said in one line."""
+"""The command line: its help is complete, its options take effect, and errors are one line."""
 
 import json
 import os
@@ -381,7 +381,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=[ascii(argv.removeprefix(FINETUNE))[1:-1] for argv, _ in BAD])
-def test_what_is_wrong_is_said_in_one_line(argv, message, place, capsys):
+def test_errors_are_one_line(argv, message, place, capsys):
     before = tree(place)
     assert call(*argv.split()) == 2
     out, err = capsys.readouterr()
@@ -410,7 +410,7 @@ def test_a_place_that_may_not_be_written_to_for_anyone(place, capsys, monkeypatc
         assert re.fullmatch(r"refqlora \w+: out: Permission denied\n", capsys.readouterr().err)
 
 
-def test_a_run_that_diverges_is_told_and_nothing_else(place, capsys, recwarn):
+def test_a_run_that_diverges_gives_one_warning(place, capsys, recwarn):
     argv = FINETUNE.replace("--steps 2", "--steps 9") + "--lr 1e30"
     assert call(*argv.split()) == 2
     message = r"fine-tuning 1/9 .*\nrefqlora finetune: step 2, learning rate 9.7e.29: "
@@ -466,7 +466,7 @@ def test_finetune_then_generate(data, place, capsys):
     assert all(text.startswith("sacks") and text.endswith("\n") for text in texts)
 
 
-def test_what_was_learnt_is_said(place, capsys):
+def test_a_sample_is_printed(place, capsys):
     """Trained on the examples until it has them by heart, it completes each as it was, and stops."""
     model = rq.Model.from_config(tiny.config())
     model.params["lm_head.weight"] *= 20  # so that a frozen head can speak with certainty

@@ -92,7 +92,7 @@ def test_an_adapter_switched_off_is_the_base(demonstrated):
     assert f"adapter off   {bits['nf4']:.4f} bits a byte, as before, to the bit: nothing is forgotten" in printed
 
 
-def test_an_adapter_that_stays_on_is_told(base, tmp_path, monkeypatch):
+def test_an_adapter_that_stays_on_is_noticed(base, tmp_path, monkeypatch):
     """The planted mistake: None switches nothing off."""
     set_adapter = rq.Model.set_adapter
     monkeypatch.setattr(rq.Model, "set_adapter", lambda self, name: name and set_adapter(self, name))
@@ -172,7 +172,7 @@ def test_it_shows_functions_that_are_held_out(demonstrated):
         assert demo.one_line(written["library"], 86) in printed
 
 
-def test_a_loss_is_told_as_a_probability(demonstrated):
+def test_a_loss_is_explained_as_a_probability(demonstrated):
     _, facts, printed = demonstrated
     loss = facts["held_out_loss"]
     assert f"loss {loss['before']:.4f} before, {loss['after']:.4f} after (nats a token)" in printed

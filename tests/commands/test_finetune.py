@@ -1,4 +1,4 @@
-"""Fine-tuning on one's own text: what is read, what is written, and that the figures are those of the files."""
+"""Fine-tuning on one's own text: what is read and written, and that the results match the files."""
 
 import io
 import json
@@ -200,7 +200,7 @@ def test_what_is_held_out_is_not_trained_on(base, pairs):
     assert len(train_set | held_out) == len(tiny.EXAMPLES)
 
 
-def test_what_is_cut_is_told(pairs, base, tmp_path):
+def test_cut_examples_are_reported(pairs, base, tmp_path):
     _, printed = go(pairs, tmp_path, base, max_length=40)
     long = sum(len(tokens) > 40 for tokens in tiny.examples().tokens)
     assert long > 0
@@ -308,7 +308,7 @@ def test_all_is_trained_on_where_nothing_is_held_out(base, tmp_path):
     assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
 
 
-def test_a_worse_adapter_is_told(pairs, base, tmp_path, monkeypatch):
+def test_a_worse_adapter_gives_a_warning(pairs, base, tmp_path, monkeypatch):
     found = iter([Evaluation(2.0, 9, 3.0), Evaluation(2.5, 9, 3.5)])
     monkeypatch.setattr(module, "evaluate", lambda *args: next(found))
     with pytest.warns(
@@ -368,7 +368,7 @@ def test_a_resumed_run_keeps_its_micro_batches(pairs, base, tmp_path, room):
     assert a == b
 
 
-def test_what_cannot_fit_is_said_before_anything_is_done(pairs, base, tmp_path, room):
+def test_a_step_that_cannot_fit_is_refused_at_once(pairs, base, tmp_path, room):
     room(100_000)
     with pytest.raises(
         MemoryError, match=r"a step of 3 sequences .* 1 at a time, .* needs \d+ kB; 100 kB are free, of which 80 % can"

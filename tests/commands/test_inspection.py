@@ -1,4 +1,4 @@
-"""`refqlora inspect`: the numbers are those of the arrays, the tables fit, and what is corrupt is named in one line."""
+"""`refqlora inspect`: the numbers are those of the arrays, the tables fit, and a corrupt file is named in one line."""
 
 import io
 import json
@@ -76,7 +76,7 @@ def test_a_dense_model(saved):
     assert facts["tokenizer"]["type"] == "BPE"
 
 
-def test_what_nf4_would_cost_is_what_it_costs(saved):
+def test_the_predicted_error_of_nf4_is_the_real_one(saved):
     weight = "model.layers.1.mlp.up_proj.weight"  # (56, 40)
     tensors = dict(read_tensors(saved / "model.safetensors"))
     tensors[weight][7, 3] = 5.0  # an outlier: the others are about 0.02
@@ -235,7 +235,7 @@ def test_a_model_that_refqlora_does_not_run(saved):
 
 
 def test_no_error_reads_no_numbers(saved, adapter, quantized):
-    """A NaN in the data goes unseen, and nothing is said of what only data can tell."""
+    """A NaN in the data goes unnoticed, and nothing is reported that needs the data."""
     for path, file in ((saved, saved / "model.safetensors"), (adapter, adapter / "adapter_model.safetensors")):
         tensors = {name: np.full_like(x, np.nan) for name, x in read_tensors(file)}
         write_tensors(file, tensors)
@@ -381,7 +381,7 @@ def test_a_spoilt_adapter_is_named(spoil, part, adapter, capsys):
 
 
 @pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", None), ("lora_alpha", "32"), ("peft_type", "IA3")])
-def test_an_adapter_that_refqlora_does_not_load_is_shown_all_the_same(key, value, adapter, capsys):
+def test_an_unsupported_adapter_is_still_shown(key, value, adapter, capsys):
     path = adapter / "adapter_config.json"
     write_json(path, {**read_json(path), key: value})
     found = inspect(adapter)["adapter"]
@@ -462,13 +462,13 @@ def test_a_model_by_its_id_on_the_hub(saved, monkeypatch, capsys):
         {"identity": "{}", "step": "1" * 5000},
     ],
 )
-def test_a_training_checkpoint_that_is_none(metadata, tmp_path, capsys):
+def test_a_bad_training_checkpoint_is_named(metadata, tmp_path, capsys):
     path = tmp_path / "checkpoint.safetensors"
     write_tensors(path, {"param.x": np.ones(3, ml_dtypes.bfloat16)}, metadata)
     assert "in the metadata: expected a" in said(path, capsys)
 
 
-def test_what_is_no_safetensors_file_is_named(tmp_path, capsys):
+def test_a_file_of_another_format_is_named(tmp_path, capsys):
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "model.bin: expected a .safetensors file" in said(tmp_path / "model.bin", capsys)
     assert "contains no config.json" in said(tmp_path, capsys)

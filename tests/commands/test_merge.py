@@ -1,4 +1,4 @@
-"""Adapters merged into their base: what is written, how far it is from what was trained, and the place it goes to."""
+"""Adapters merged into their base: the files, the errors, and the output directory."""
 
 import json
 import re
@@ -162,7 +162,7 @@ def test_an_error_leaves_nothing(base, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_what_is_not_changed_stays(base, tmp_path):
+def test_other_tensors_stay_the_same(base, tmp_path):
     """In config.json, and of the files beside it what describes the tokenizer, not these weights."""
     copy = shutil.copytree(base, tmp_path / "base")
     change_json(copy / "config.json", use_cache=False, unk_token_id=3, initializer_range=0.5, torch_dtype=...)
@@ -194,7 +194,7 @@ def test_what_a_dtype_does_not_hold_is_named(name, base, tmp_path):
     value = dict(files.read_tensors(copy / "model.safetensors"))[name]
     value.flat[3] = 1e6
     change_tensors(copy / "model.safetensors", {name: value})
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected what float16 holds, got 1000000\.0"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected a number that float16 holds, got 1000000\.0"):
         merge_model(copy, [trained(base, tmp_path / "a")], tmp_path / "out", dtype="float16", trained_on_nf4=False)
     assert not (tmp_path / "out").exists()
 
@@ -240,7 +240,7 @@ def test_the_command(base, tmp_path, capsys):
     assert (facts["into"], facts["trained_on_nf4"], facts["dtype"]) == ("original", True, "float16")
 
 
-def test_what_it_refuses(base, tmp_path, capsys):
+def test_bad_input_is_refused(base, tmp_path, capsys):
     adapter, idle = trained(base, tmp_path / "a"), trained(base, tmp_path / "idle", size=0)
     huge = trained(base, tmp_path / "huge", size=300)
     (tmp_path / "full").mkdir()
@@ -249,7 +249,7 @@ def test_what_it_refuses(base, tmp_path, capsys):
         f"--adapter {adapter} --out {tmp_path / 'full'}": "full: expected a new or empty directory, got",
         f"--adapter {adapter} --out {base}": "expected a new or empty directory, got",
         f"--adapter {tmp_path / 'none'} --out {tmp_path / 'o'}": "none/adapter_config.json: no such file",
-        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": "expected what float16 holds, got",
+        f"--adapter {huge} --out {tmp_path / 'o'} --dtype float16": "expected a number that float16 holds, got",
         f"--adapter {idle} --out {tmp_path / 'o'}": "nothing to merge: the adapters change no weight",
     }
     for argv, message in cases.items():

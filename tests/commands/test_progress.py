@@ -1,4 +1,4 @@
-"""What is said of long work: not too much, never nothing, and a word when the machine has become busy."""
+"""The progress of long work: not too many lines, never none, and advice when the machine becomes busy."""
 
 import io
 import sys
@@ -101,7 +101,7 @@ def advice(costs):
     return [(step, words) for step, words in enumerate(found, start=1) if words]
 
 
-def test_a_machine_that_has_become_busy_is_told_once():
+def test_a_busy_machine_is_reported_once():
     assert advice([(1.0, 100)] * 20 + [(9.0, 100)] * 20) == [(23, BUSY.format(9))]
     assert "OPENBLAS_NUM_THREADS=1" in BUSY
 
@@ -118,7 +118,7 @@ def test_a_machine_that_has_become_busy_is_told_once():
         [(0.0, 0)] * 40,
     ],
 )
-def test_what_is_no_busy_machine(costs):
+def test_a_machine_that_is_not_busy(costs):
     assert advice(costs) == []
 
 

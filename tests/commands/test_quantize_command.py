@@ -1,4 +1,4 @@
-"""`refqlora quantize`: the files of a quantised model, whole or not at all."""
+"""`refqlora quantize`: it writes all files of a quantised model, or none."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_it_writes_over_nothing(out, saved, tmp_path, capsys):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_killed_run_leaves_no_model_and_stands_in_nobodys_way(saved, tmp_path):
+def test_a_killed_run_leaves_no_model_and_blocks_nothing(saved, tmp_path):
     """Killed when all is written but config.json, which makes it a model."""
     child = f"""
 import os

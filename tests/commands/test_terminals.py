@@ -1,4 +1,4 @@
-"""Where a command is run: pipes that close, streams that are closed, odd encodings, narrow terminals, Ctrl-C."""
+"""The surroundings of a command: pipes that close, closed streams, odd encodings, narrow terminals, Ctrl-C."""
 
 import io
 import os
@@ -43,7 +43,7 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_reader_that_leaves_is_no_error(line, model):
+def test_a_reader_that_leaves_is_not_an_error(line, model):
     """As `head` does; and one that leaves before anything is written."""
     for reader in ("head -1", "true"):
         done = shell(f"{line.format(model=model)} | {reader}")
@@ -52,7 +52,7 @@ def test_a_reader_that_leaves_is_no_error(line, model):
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_closed_streams_are_no_error(line, model):
+def test_closed_streams_are_not_an_error(line, model):
     done = shell(f"{line.format(model=model)} <&- >&- 2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

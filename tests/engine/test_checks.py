@@ -1,4 +1,4 @@
-"""What values must be, in one dialect; what is not finite is found and named."""
+"""Values are checked in one dialect; numbers that are not finite are found and named."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The cache gives back what was stored, grows as it is needed, and forgets what it is told to."""
+"""The cache returns what was stored, grows when needed, and can be truncated."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a model, a quantised tensor and an adapter say of themselves: short, true, and no arrays."""
+"""The reprs of a model, a quantised tensor and an adapter: short, true, and without arrays."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, at any moment, ends with the same bits; what is resumed, and what is refused."""
+"""A run that is killed at any moment and resumed ends with the same bits; which runs are resumed and refused."""
 
 import errno
 import json
@@ -665,7 +665,7 @@ def test_what_is_resumed_is_the_last_run_and_not_one_before(tmp_path, finished):
 
 
 def test_rows_are_there_once_at_any_moment(half, finished):
-    """Also while a run that was resumed, or begun anew, has not come to its next checkpoint."""
+    """Also while a resumed or new run has not reached its next checkpoint."""
     for _ in range(2):
         assert short_run(half, stop=3) is None
         assert [row["step"] for row in read_rows(half)] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The loop: micro-batches add up, the loss falls, rows tell what was done; what cannot be used is refused."""
+"""The loop: micro-batches add up, the loss falls, rows record each step; bad settings are refused."""
 
 import math
 

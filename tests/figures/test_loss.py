@@ -81,7 +81,7 @@ def test_a_figure_of_the_rows_there_are(steps, held_out, legend, tmp_path, drawn
 
 
 @pytest.mark.parametrize("title", ["on a$^$b.txt", "on $x^2$", "on \\frac", "on _a_{b}", "50 %"])
-def test_a_title_is_no_formula(title, tmp_path, drawn):
+def test_a_title_is_not_a_formula(title, tmp_path, drawn):
     loss_figure(tmp_path / "loss.png", rows(3), {}, title)
     assert drawn[0].axes[0].get_title(loc="left") == title
     assert (tmp_path / "loss.png").stat().st_size > 1000

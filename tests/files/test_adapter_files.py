@@ -1,4 +1,4 @@
-"""PEFT's adapter files: round trips to the bit, and what is refused, by which name."""
+"""PEFT's adapter files: round trips to the bit, and the names in errors."""
 
 import json
 import os
@@ -362,7 +362,7 @@ def test_what_cannot_change_a_number_is_taken(adapter, changes):
     ],
     ids=str,
 )
-def test_what_matches_nothing_is_told_where_nothing_is_lost(adapter, changes, said):
+def test_a_pattern_that_matches_nothing_is_reported(adapter, changes, said):
     change_json(adapter / "adapter_config.json", **changes)
     model = new_model()
     with pytest.warns(UserWarning, match=f"adapter: {said}"):
@@ -432,7 +432,7 @@ def test_patterns_are_written_so_that_their_order_does_not_matter(tmp_path):
     np.testing.assert_array_equal(again.forward(TOKENS)[0], model.forward(TOKENS)[0])
 
 
-def test_alphas_that_compete_are_told(adapter):
+def test_competing_alphas_are_reported(adapter):
     """The file of an adapter that PEFT trained with other scales than it loads it with."""
     change_json(adapter / "adapter_config.json", alpha_pattern={".*_proj": 3, "q_proj": 4})
     model = new_model()

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit checkpoints: the bits of the file in any order of its parts, and a name in every complaint."""
+"""bitsandbytes' 4-bit checkpoints: the file's bits in any order of its parts, and a name in every error."""
 
 import json
 import random
@@ -191,7 +191,7 @@ def test_bitsandbytes_computes_in_the_dtype_of_the_dense_tensors(dtype, compute,
     assert dict(read_tensors(tmp_path / "model.safetensors"))["model.norm.weight"].dtype == dtype
 
 
-def test_a_float64_weight_is_said_to_be_float32():
+def test_a_float64_weight_is_recorded_as_float32():
     q = rq.quantize(np.ones((4, 32)))
     state = dict(bnb.parts_of("w", q))["w.quant_state.bitsandbytes__nf4"]
     assert json.loads(state.tobytes())["dtype"] == "float32"
@@ -245,7 +245,7 @@ def test_a_spoilt_checkpoint_is_refused_by_name(saved, spoil, said):
         assert part in message, message
 
 
-def test_a_tied_head_of_its_own_is_refused(tmp_path):
+def test_a_tied_head_that_differs_is_refused(tmp_path):
     model = new_model(tied=True)
     model.quantize()
     model.save_pretrained(tmp_path)

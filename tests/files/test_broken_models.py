@@ -1,7 +1,7 @@
-"""What can be wrong with a model's files, each in one line that names the file and the tensor or field at fault: from
-`Model.from_pretrained` and `load_tokenizer`, and from the commands, which end with exit code 2 and write nothing.
+"""Faults in a model's files. Each gives one line that names the file and the tensor or field at fault, from
+`Model.from_pretrained` and `load_tokenizer`, and from the commands, which exit with code 2 and write nothing.
 
-    python tests/test_broken_models.py     prints every fault and its line
+    python tests/files/test_broken_models.py     prints every fault and its line
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Models by their hub's id: what is asked for and what is said when it fails, from a library that only pretends, from a
-real cache without a network, and from a small hub of our own on this machine, with the real client."""
+"""Models by their id on the hub: the requests and the errors, with a mock library, with a real cache without a network,
+and with the real client on a small hub of our own on this machine."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ NO_IDS += ["org/name@", "org/name@a b", "-org/name", "org/.name", "org//name", "
 
 
 @pytest.mark.parametrize("name", NO_IDS)
-def test_what_is_no_id_is_not_asked_for(asked, name):
+def test_the_hub_is_not_asked_for_impossible_ids(asked, name):
     with pytest.raises(FileNotFoundError, match="no such directory") as error:
         hub.model_directory(name)
     assert "org/name" in str(error.value)  # how an id is written
@@ -164,7 +164,7 @@ def test_a_failure_says_what_to_do_in_one_line(monkeypatch, capsys, raised, kind
     assert capsys.readouterr().err == f"refqlora generate: {error.value}\n"
 
 
-def test_a_model_without_safetensors_is_told(monkeypatch, tmp_path):
+def test_a_model_without_safetensors_is_refused(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"^org/name: contains no \*\.safetensors") as error:
@@ -226,7 +226,7 @@ def test_the_cache_serves_without_a_network(cache, expected):
 
 
 @pytest.mark.parametrize("name", ["org/other", "org/name@v2"])
-def test_what_the_cache_lacks_is_told_without_a_network(cache, name):
+def test_without_a_network_a_missing_model_is_named(cache, name):
     code, out, err = refqlora(*GENERATE, "--model", name, **cache)
     repo = name.split("@")[0]
     assert (code, out) == (2, "")

@@ -1,4 +1,4 @@
-"""A model's safetensors written tensor by tensor: what any reader reads, in little memory, whole or not at all."""
+"""A model's safetensors written tensor by tensor, in little memory: all of them or none, and any reader reads them."""
 
 import json
 import tracemalloc

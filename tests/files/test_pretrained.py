@@ -1,4 +1,4 @@
-"""Files in and out: round trips to the bit, no half-written file, and a name in every complaint."""
+"""Files in and out: round trips to the bit, no half-written file, and a name in every error."""
 
 import dataclasses
 import json
@@ -196,7 +196,7 @@ def test_quantising_streams(tied, tmp_path):
 
 
 def test_loading_in_float32_streams(tmp_path):
-    """What is held, the largest tensor as the file has it, and small objects."""
+    """The bytes held, the largest tensor in the file's dtype, and small objects."""
     streaming.write(LARGE, tmp_path, shard_bytes=20_000_000)
     peak, model = peak_of(lambda: rq.Model.from_pretrained(tmp_path))
     held = sum(p.nbytes for p in model.params.values())
@@ -367,7 +367,7 @@ def test_saving_holds_one_shard_at_the_most(tmp_path):
     assert peak < largest + (1 << 20)
 
 
-def test_what_older_writers_leave_is_no_fault(tmp_path):
+def test_tensors_of_older_writers_are_accepted(tmp_path):
     model = new_model(tied=True)
     model.save_pretrained(tmp_path)
     copy = model.params["model.embed_tokens.weight"]

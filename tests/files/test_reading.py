@@ -1,5 +1,5 @@
-"""Files: what is written comes back to the bit, ours and the safetensors library's read each other, and what is broken
-is refused with the file, and the tensor or key, by name."""
+"""Reading files: round trips to the bit, with the safetensors library in both directions; errors name the file and the
+tensor or key."""
 
 import json
 import struct
@@ -176,7 +176,7 @@ def test_a_file_that_lies_is_refused(tmp_path, make, said):
 
 
 @pytest.mark.parametrize("dtype", ["C64", "F4", ["F32"], 3])
-def test_a_dtype_that_numpy_has_not_is_named(tmp_path, dtype):
+def test_a_dtype_that_numpy_lacks_is_named(tmp_path, dtype):
     path = written(tmp_path / "x.safetensors", changed(dtype=dtype))
     with pytest.raises(ValueError, match="expected one of F64, F32") as error:
         list(files.read_tensors(path))
@@ -206,7 +206,7 @@ def test_a_good_file_is_none_of_those(tmp_path):
     assert dict(files.read_tensors(written(tmp_path / "x.safetensors", padded)))["empty"].shape == (0, 7)
 
 
-def test_a_file_that_shrinks_meanwhile_is_told(tmp_path):
+def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
     path = written(tmp_path / "x.safetensors", GOOD)
     tensors = files.read_tensors(path)
     next(tensors)
@@ -300,7 +300,7 @@ def test_a_file_cut_short_is_not_mapped(keep, tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
-def test_what_is_no_json_object_is_refused(tmp_path, text, said):
+def test_anything_but_a_json_object_is_refused(tmp_path, text, said):
     path = tmp_path / "config.json"
     path.write_bytes(text)
     with pytest.raises(ValueError, match="JSON") as error:

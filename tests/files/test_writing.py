@@ -1,5 +1,5 @@
-"""Writing: an error or a kill leaves the old file or the new, one process at a time writes in a directory, and an error
-names the file that was being written."""
+"""Writing files: an error or a kill leaves the old file or the new one, one process at a time writes in a directory,
+and errors name the file that was being written."""
 
 import errno
 import os
@@ -262,7 +262,7 @@ def test_a_lock_within_a_lock_is_one_and_another_thread_is_refused(tmp_path):
     assert set(contents(tmp_path)) == {"a", "x"}
 
 
-def test_a_system_without_locks_writes_all_the_same(tmp_path, monkeypatch):
+def test_a_system_without_locks_still_writes(tmp_path, monkeypatch):
     import fcntl
 
     def unsupported(*args):

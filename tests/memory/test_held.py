@@ -1,4 +1,4 @@
-"""The bytes that are told are those of the arrays, and those that the allocator has seen."""
+"""The bytes reported are those of the arrays, and those that the allocator has counted."""
 
 import tracemalloc
 

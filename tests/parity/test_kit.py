@@ -1,4 +1,4 @@
-"""`refqlora parity --against`: a right kernel passes, each wrong one is told its mistake, and nonsense is named."""
+"""`refqlora parity --against`: a right kernel passes, and a wrong one's mistake or fault is named."""
 
 import json
 import subprocess

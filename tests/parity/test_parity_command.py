@@ -1,4 +1,4 @@
-"""`refqlora parity`: every recording, every check live where the libraries are, planted errors, and the command."""
+"""`refqlora parity`: every recording, every check live if its libraries are installed, planted errors, the command."""
 
 import json
 import re

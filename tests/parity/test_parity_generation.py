@@ -59,7 +59,7 @@ def compared(dtype, ties):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
 def test_the_distribution(dtype, tolerance, ties, monkeypatch):
-    """Token for token. Their sort, which does not say in which order it leaves equal elements, is told to keep it."""
+    """Token for token. Their sort is made stable, as its order of equal elements is otherwise undefined."""
     sort = torch.sort
     monkeypatch.setattr(torch, "sort", lambda x, descending: sort(x, descending=descending, stable=True))
     worst = 0.0

@@ -1,4 +1,4 @@
-"""Templates are rendered as their authors mean, and what the assistant says, and no more, counts.
+"""Templates are rendered as their authors mean, and exactly the assistant's answers count.
 
 That the text is transformers' to the byte is for test_parity_chat.py to show.
 """
@@ -104,7 +104,7 @@ def test_the_end_of_an_answer(source, end):
     assert template(source).end(messages("Hi")) == end
 
 
-def test_an_answer_that_is_written_otherwise_later_is_a_text_of_its_own():
+def test_an_answer_that_a_template_rewrites_later_is_a_separate_text():
     talk = messages("a", "<think>1</think>\nb", "c", "d", "e", "<think>2</think>\nf")
     texts = template(THINKING).examples(talk)
     assert [counted(text) for text in texts] == [
@@ -215,7 +215,7 @@ def test_the_plain_format_begins_as_the_tokenizer_begins_texts(tmp_path):
     assert plain.render(messages("Hi", "Hello")) == "<s>user: Hi\nassistant: Hello</s>\n"
 
 
-def test_an_end_that_is_no_token_of_its_own(tmp_path):
+def test_an_end_of_several_tokens_is_refused(tmp_path):
     tokenizer = tiny.tokenizer()
     letter = tokenizer.token_to_id("Ġ")  # a byte's letter stands for a space: as text it is something else
     with pytest.raises(ValueError, match="the tokenizer reads 'Ġ', which ends a text, as several tokens"):
@@ -225,7 +225,7 @@ def test_an_end_that_is_no_token_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("eos", [-1, 10**6, "the end", 1.5])
-def test_an_end_that_is_no_token_at_all(eos, tmp_path):
+def test_an_end_that_is_not_a_token(eos, tmp_path):
     assert load_chat_template(*directory(tmp_path), eos).eos == ""
 
 
@@ -248,12 +248,12 @@ def test_an_end_that_is_no_token_at_all(eos, tmp_path):
         ([], r"tokenizer_config\.json: expected a JSON object, got list"),
     ],
 )
-def test_what_is_wrong_with_the_file(config, message, tmp_path):
+def test_a_bad_file_is_named(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_chat_template(*directory(tmp_path, config=config), 0)
 
 
-def test_what_is_wrong_with_a_jinja_file(tmp_path):
+def test_a_bad_jinja_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"chat_template\.jinja: line 2 of the chat template"):
         load_chat_template(*directory(tmp_path, chat_template_jinja=b"a\n{{"), 0)
     with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8 text"):

@@ -1,4 +1,4 @@
-"""A chat template is a program from a stranger: it reaches nothing but its messages, and it ends."""
+"""A chat template is a stranger's program: it can read only its messages, and it always ends."""
 
 import time
 
@@ -60,7 +60,7 @@ def test_what_goes_wrong_in_a_template_is_one_line_that_names_the_file(source, m
         ("{{ messages | nothing }}", "line 1 of the chat template: No filter named 'nothing'"),
     ],
 )
-def test_a_template_that_is_none(source, message):
+def test_a_bad_template_is_refused(source, message):
     with pytest.raises(ValueError, match=f"^a/b.json: {message}"):
         ChatTemplate(source, TOKENS, where="a/b.json")
 
@@ -147,7 +147,7 @@ def test_time_is_bounded(source, monkeypatch):
     assert time.monotonic() - began < 30  # it would take years
 
 
-def test_a_template_begins_each_time_with_all_of_its_time(monkeypatch):
+def test_each_rendering_has_the_full_time(monkeypatch):
     template = ChatTemplate(TEMPLATES["chatml"], TOKENS)
     template.render(messages("Hi"))
     later = time.monotonic() + 100

@@ -67,7 +67,7 @@ def test_the_sides_share_no_package_and_no_passage():
     assert {d.name: shared for d in HELD_OUT if (shared := passages(d) & training)} == {}
 
 
-def test_the_passage_check_finds_what_goes_with_does(monkeypatch):
+def test_the_passage_check_finds_shared_passages(monkeypatch):
     # The negative control: without the table, abc is held out while _py_abc, its copy, is for training.
     monkeypatch.setattr(corpus, "GOES_WITH", {})
     training = set().union(*map(passages, corpus.modules(held_out=False)))

@@ -1,4 +1,4 @@
-"""What people have in files is read as it is meant: texts, and examples in the usual spellings."""
+"""People's files are read as they are meant: texts, and examples in the usual spellings."""
 
 import codecs
 import json
@@ -66,7 +66,7 @@ def test_a_picture_among_notes_is_skipped_and_counted(tmp_path):
         read_data(tmp_path, PLAINLY)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"text")
     assert read_data(tmp_path / "a.txt", PLAINLY) == [("a.txt", "text")]
     pair = b'{"prompt": "a", "completion": "b"}'
@@ -208,7 +208,7 @@ def test_each_spelling(spelling, as_array, tmp_path):
     assert sorted(line.partition(" with ")[2].split(", ")) == sorted(value)
 
 
-def test_what_is_ignored_is_said_once(tmp_path):
+def test_ignored_keys_are_reported_once(tmp_path):
     said = []
     value = {
         "id": 7,

@@ -1,4 +1,4 @@
-"""Text into sequences: which tokens are read, which labels count, and what is cut where it is too long."""
+"""Text into sequences: which tokens are read, which labels count, and how long texts are cut."""
 
 import numpy as np
 import pytest

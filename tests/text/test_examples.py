@@ -1,4 +1,4 @@
-"""Which tokens of a text count: all that have a character of what is to be learnt, and no others."""
+"""Which tokens of a text count: those that overlap a part to be learnt, and no others."""
 
 import pytest
 import tiny

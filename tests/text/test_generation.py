@@ -1,4 +1,4 @@
-"""Generation: greedy is the argmax of whole forwards, with a cache or without, and text comes out whole."""
+"""Generation: greedy is the argmax of full forwards, with or without a cache, and no character is broken."""
 
 import json
 
@@ -196,7 +196,7 @@ def test_stream_is_complete_in_pieces(unsure, seed):
     assert len(pieces) > 20
 
 
-def test_special_tokens_are_no_text(monkeypatch):
+def test_special_tokens_are_not_text(monkeypatch):
     tokenizer = tiny.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     speak(monkeypatch, [end, *tokenizer.encode("sacks").ids, end])
@@ -337,7 +337,7 @@ def test_the_model_s_own_options(content, expected, tmp_path):
         ({"top_p": 9}, "top_p: expected a number above 0 and at most 1, got 9"),
     ],
 )
-def test_what_is_wrong_in_it_is_told_with_the_file(content, message, tmp_path):
+def test_a_bad_value_is_named_with_the_file(content, message, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
         generation_options(tmp_path)

@@ -1,4 +1,4 @@
-"""A text that begins like the last is read from where they part, and the logits are those of a whole forward."""
+"""A text that begins like the last one is read from where they differ, with the logits of a full forward."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_what_a_text_shares_with_the_last_is_not_read_again(unsure):
 
 @pytest.fixture
 def adapted(unsure):
-    """With two adapters that say something else, none active."""
+    """With two adapters that change the output, none active."""
     for seed, name in enumerate(("a", "b")):
         unsure.add_adapter(name, rank=4, seed=seed)
         for p in unsure.trainable().values():
@@ -153,7 +153,7 @@ LONGROPE = {"rope_scaling": {"rope_type": "longrope", "factor": 5.0, **FACTORS}}
 @pytest.mark.parametrize("changes", [{}, WINDOW, LONGROPE, WINDOW | LONGROPE], ids=["", "window", "longrope", "both"])
 @pytest.mark.parametrize("at_once", [3, 5, 256])
 def test_windows_and_frequencies_that_change_with_the_length(changes, at_once, monkeypatch):
-    """Past 12 tokens LongRoPE turns keys by other frequencies: those that were made before are of no use, and back."""
+    """Beyond 12 tokens LongRoPE uses other frequencies: keys made before are useless, in both directions."""
     monkeypatch.setattr(prefix_cache, "AT_ONCE", at_once)
     model = rq.Model.from_config(tiny.config(**changes), 2, np.float64)
     model.params["lm_head.weight"] *= 12

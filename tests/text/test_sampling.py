@@ -48,7 +48,7 @@ def test_the_definition(logits, temperature):
 
 
 def test_the_order_of_things_matters():
-    """Each option sees what those before it left."""
+    """Each option acts on the result of those before it."""
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
     kept = {
         "all": Sampling(temperature=1.0, top_p=0.85),
@@ -135,7 +135,7 @@ def test_huge_logits_overflow_nothing(temperature):
 
 
 @pytest.mark.parametrize("logits", [[1.0, np.nan], [np.inf, 1.0], [-np.inf, -np.inf]])
-def test_what_is_not_finite_is_told(logits):
+def test_logits_that_are_not_finite_are_refused(logits):
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="the model's logits are not finite: the greatest is"):
             Sampling(temperature=temperature).probabilities(np.array(logits))

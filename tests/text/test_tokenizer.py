@@ -1,4 +1,4 @@
-"""Tokenizers: read, trained, measured in bytes; and their failures in one line."""
+"""Tokenizers: read, trained, measured in bytes; their errors are one line."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Kernels with one mistake each, made where people make them, and words of the cause that the kit must find."""
+"""Kernels with one common mistake each, and words of the cause that the kit must find."""
 
 from types import SimpleNamespace
 
