@@ -204,7 +204,7 @@ def of_options(rng: random.Random, valid: Path, home: Path) -> Case:
     argv = [str(x) if option[0] != "-" else option if x is None else f"{option}={x}" for option, x in given.items()]
     names = [name for action in parsers[name]._actions for name in (*action.option_strings, action.dest)]
     names += [name.lstrip("-").replace("-", " ") for name in names]
-    names += [str(x)[:99] if len(str(x)) > 2 else f" {x}: " for x in given.values()]
+    names += [str(x)[:99] if len(str(x)) > 2 else f" {str(x).strip() or repr(x)}: " for x in given.values()]
     use = partial(begin, 3 if name in USUAL else 0, name, *argv)
     return Case(f"{name} {' '.join(word[:60] for word in argv)!r}", use, names)
 

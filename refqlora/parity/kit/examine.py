@@ -98,7 +98,9 @@ def load_kernel(name: str) -> ModuleType:
     except FileNotFoundError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{name}: cannot be imported: {in_one_line(error, ())}{_place(error)}") from None
+        raise ValueError(
+            f"{name.strip() or repr(name)}: cannot be imported: {in_one_line(error, ())}{_place(error)}"
+        ) from None
     if not offered(module):
         raise ValueError(f"{name}: expected any of the functions {', '.join(FUNCTIONS)}, got none")
     return module
