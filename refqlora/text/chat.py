@@ -146,10 +146,10 @@ class ChatTemplate:
         self._sandbox.begin()
         try:
             text = self._template.render(variables)
-            check_text(text)
-            return text
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(f"{self.where}: the chat template refuses the messages: {_in_one_line(error)}") from None
+        check_text(text)
+        return text
 
 
 def _difference(before: str, after: str) -> str:
