@@ -12,6 +12,7 @@ import numpy as np
 from .adapter_sums import as_lora, combine_adapters
 from .adapters import Adapter, adapter_from_file, new_adapter
 from .backend import Array
+from .blockwise import QUANTIZABLE
 from .checks import SEED, SWITCH, TEXT, as_dtype, as_path, check, check_array, check_mapping, one_of, shown
 from .codebooks import CODEBOOKS
 from .config import Config, check_shapes
@@ -21,7 +22,7 @@ from .files.hub import model_directory
 from .kv_cache import KVCache
 from .lora import Weight
 from .lora_config import LoraConfig
-from .quantization import QUANTIZABLE, QuantizedTensor
+from .quantization import QuantizedTensor
 from .quantization import quantize as to_4_bits  # `quantize` is an option's name here
 from .reprs import facts_html
 

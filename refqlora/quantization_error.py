@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import Array, array_module
-from .quantization import CHUNK, QuantizedTensor, dequantize
+from .blockwise import CHUNK
+from .quantization import QuantizedTensor, dequantize
 
 
 @dataclass(frozen=True)

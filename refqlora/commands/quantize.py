@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..backend import Array
+from ..blockwise import BLOCK_SIZES
 from ..checks import finite, shown
 from ..codebooks import CODEBOOKS
 from ..config import Config
@@ -20,7 +21,7 @@ from ..files.bnb import TYPES
 from ..files.config_json import read_config
 from ..files.hub import model_directory
 from ..files.writing import new_directory, write_json
-from ..quantization import BLOCK_SIZES, quantize
+from ..quantization import quantize
 from ..quantization_error import Error, quantization_error
 from .options import console, json_option, model_option, number_table, report, show
 

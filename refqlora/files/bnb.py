@@ -27,9 +27,10 @@ import ml_dtypes
 import numpy as np
 
 from ..backend import Array
+from ..blockwise import BLOCK_SIZES, NESTED_BLOCK
 from ..checks import cut, finite, number, shown
 from ..codebooks import CODEBOOKS, DYNAMIC
-from ..quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor
+from ..quantization import QuantizedTensor
 from . import model_files
 from .reading import FLOATS, parse_object
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ..blockwise import BLOCK_SIZES
 from ..codebooks import DYNAMIC, FP4, NF4
-from ..quantization import BLOCK_SIZES
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 WEIGHT_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16))

@@ -12,9 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..blockwise import NESTED_BLOCK, dequantize_blockwise, quantize_constants
 from ..codebooks import DYNAMIC, FP4, NF4, _linspace, dynamic_map
 from ..minimal import to_codes
-from ..quantization import NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize, quantize_constants
+from ..quantization import QuantizedTensor, dequantize, quantize
 from .cases import CODEBOOKS, Case, awkward_cases, awkward_tensors, constants, random_cases, unpacked
 from .differences import Observed, Outcome, differing, relative_difference
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ..blockwise import BLOCK_SIZES, NESTED_BLOCK
 from ..codebooks import DYNAMIC
 from ..files.writing import write_tensors
 from ..minimal import to_codes
-from ..quantization import BLOCK_SIZES, NESTED_BLOCK
 from . import lora_vectors, quantization
 from .cases import large_cases, large_tensors
 from .checks import CHECKS, RECORDED, VECTORS, installed, quiet

@@ -9,22 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refqlora import blockwise
+from refqlora.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_blockwise, quantize_constants
 from refqlora.codebooks import DYNAMIC, FP4, INT4, NF4, dynamic_map
 from refqlora.files.reading import read_metadata, read_tensors
 from refqlora.parity.checks import VECTORS
 from refqlora.parity.quantization import cases, constants_cases
-from refqlora.quantization import (
-    BLOCK_SIZES,
-    QuantizedTensor,
-    dequantize,
-    dequantize_blockwise,
-    quantize,
-    quantize_blockwise,
-    quantize_constants,
-    quantized_nbytes,
-)
+from refqlora.quantization import QuantizedTensor, dequantize, quantize, quantized_nbytes
 
-module = importlib.import_module("refqlora.quantization")  # the package has a function of the same name
 BF16 = ml_dtypes.bfloat16
 FLOATS = [np.float32, np.float16, BF16, np.float64]
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
@@ -114,7 +106,7 @@ def tensors(draw):
 )
 def test_fast_path_is_the_definition(w, block_size, codebook, small_chunks):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", 4096 if small_chunks else module.CHUNK)
+        patch.setattr(blockwise, "CHUNK", 4096 if small_chunks else blockwise.CHUNK)
         q = quantize(w, codebook, block_size, double_quant=False)
         found = dequantize(q)
     packed, absmax, back = by_definition(w, codebook, block_size)
@@ -382,9 +374,9 @@ def test_elsewhere_than_on_a_cpu(monkeypatch):
     on_cpu = {kind: quantize(w, codebook) for kind, codebook in CODEBOOKS.items()}
     back = {kind: dequantize(q) for kind, q in on_cpu.items()}
     elsewhere = SimpleNamespace(**vars(np))
-    for name in ("refqlora.quantization", "refqlora.codebooks"):
+    for name in ("refqlora.blockwise", "refqlora.quantization", "refqlora.codebooks"):
         monkeypatch.setattr(importlib.import_module(name), "array_module", lambda x: elsewhere)
-    monkeypatch.setattr(module, "CHUNK", None)
+    monkeypatch.setattr(blockwise, "CHUNK", None)
     for kind, expected in on_cpu.items():
         q = quantize(w, CODEBOOKS[kind])
         for part in ("packed", "absmax", "nested_absmax"):

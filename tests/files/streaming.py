@@ -29,11 +29,12 @@ import ml_dtypes
 import numpy as np
 
 from refqlora.backend import keep_freed_memory
+from refqlora.blockwise import CHUNK
 from refqlora.config import Config
 from refqlora.files.config_json import config_to_dict
 from refqlora.files.writing import write_json, write_tensors
 from refqlora.model import Model
-from refqlora.quantization import CHUNK, quantize, quantized_nbytes
+from refqlora.quantization import quantize, quantized_nbytes
 
 MIB = 1 << 20
 SHARD = 10**9

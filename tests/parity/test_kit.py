@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from refqlora.blockwise import BLOCK_SIZES
 from refqlora.commands import main
 from refqlora.parity.differences import relative_difference
 from refqlora.parity.kit import mistakes
 from refqlora.parity.kit.diagnosis import LORA_BOUND, MISTAKES, Trial, explain, positions
 from refqlora.parity.kit.examine import FUNCTIONS, examine, load_kernel, offered
 from refqlora.parity.kit.trials import trials
-from refqlora.quantization import BLOCK_SIZES
 
 KERNELS = Path(__file__).parent / "kernels"
 sys.path.insert(0, str(KERNELS))

@@ -13,18 +13,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 import bitsandbytes.functional as bnb
 
+from refqlora.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_constants
 from refqlora.codebooks import DYNAMIC, dynamic_map
 from refqlora.parity.cases import CODEBOOKS, WEIGHT_DTYPES
 from refqlora.parity.differences import differing
 from refqlora.parity.quantization import fuses, to_numpy, to_torch
-from refqlora.quantization import (
-    BLOCK_SIZES,
-    QuantizedTensor,
-    dequantize,
-    dequantize_blockwise,
-    quantize,
-    quantize_constants,
-)
+from refqlora.quantization import QuantizedTensor, dequantize, quantize
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 SWEEP = int(os.environ.get("REFQLORA_PARITY_WEIGHTS", "4_000_000"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantization import BLOCK_SIZES, quantize_constants
+from ...blockwise import BLOCK_SIZES, quantize_constants
 from ..cases import unpacked
 from ..differences import in_one_line, relative_difference
 from .diagnosis import LORA_BOUND, Trial, explain, explain_lora, positions

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...blockwise import BLOCK_SIZES, NESTED_BLOCK, dequantize_blockwise
 from ...codebooks import DYNAMIC
 from ...files.reading import read_tensors
-from ...quantization import BLOCK_SIZES, NESTED_BLOCK, QuantizedTensor, dequantize, dequantize_blockwise, quantize
+from ...quantization import QuantizedTensor, dequantize, quantize
 from ..cases import WEIGHT_DTYPES, awkward_cases, large_cases, random_cases
 from ..checks import VECTORS
 from ..differences import Observed
