@@ -4,6 +4,7 @@ import functools
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -28,6 +29,18 @@ EXAMPLES = [
         [(name, place, price) for name in ("Zoë", "Al", "Miriam") for place, price in (("inn", 2), ("bakery", 30))] * 2
     )
 ]
+SOURCE = '''class Circle:
+    """A circle, given by its radius."""
+
+    def area(self, pi=3.14159):
+        if self.radius_of < 0:
+            raise ValueError("negative radius")
+        return pi * self.radius_of ** 2
+
+
+def main():
+    return Circle(100).area()
+'''
 MAX_POSITIONS = 64
 
 
@@ -35,6 +48,19 @@ MAX_POSITIONS = 64
 def tokenizer() -> Tokenizer:
     """Byte-level BPE of 300 tokens; 0 is the end of a text."""
     return train_bpe([Document("the mill", TEXT)], 300)
+
+
+@functools.cache
+def code_tokenizer() -> Tokenizer:
+    """Byte-level BPE of 340 tokens, of SOURCE."""
+    return train_bpe([Document("source", SOURCE * 3)], 340)
+
+
+def unsure() -> rq.Model:
+    """Random, in float64, with logits of order one."""
+    model = rq.Model.from_config(config(), 2, np.float64)
+    model.params["lm_head.weight"] *= 12
+    return model
 
 
 def config(**changes) -> rq.Config:

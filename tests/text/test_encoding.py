@@ -2,28 +2,16 @@
 
 import numpy as np
 import pytest
+import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from refqlora.functional import IGNORE
 from refqlora.text.chat import PLAIN, ChatTemplate, Marked
 from refqlora.text.encoding import pack, pack_split, tokenize_examples
 from refqlora.text.examples import Conversation, Document, Example
-from refqlora.text.tokenizer import train_bpe
 
 EOS = 0
-SOURCE = '''class Circle:
-    """A circle, given by its radius."""
-
-    def area(self, pi=3.14159):
-        if self.radius_of < 0:
-            raise ValueError("negative radius")
-        return pi * self.radius_of ** 2
-
-
-def main():
-    return Circle(100).area()
-'''
-BPE = train_bpe([Document("source", SOURCE * 3)], 340)
+SOURCE, BPE = tiny.SOURCE, tiny.code_tokenizer()
 
 
 def words(*vocabulary):

@@ -14,10 +14,7 @@ PROMPT = [5, 9, 250, 31, 7]
 
 @pytest.fixture
 def unsure():
-    """Random, with logits of order one."""
-    model = rq.Model.from_config(tiny.config(), 2, np.float64)
-    model.params["lm_head.weight"] *= 12
-    return model
+    return tiny.unsure()
 
 
 def tokens(model, prompt=PROMPT, **options):

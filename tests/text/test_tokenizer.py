@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -18,19 +19,7 @@ from refqlora.text.tokenizer import (
     train_bpe,
 )
 
-SOURCE = '''class Circle:
-    """A circle, given by its radius."""
-
-    def area(self, pi=3.14159):
-        if self.radius_of < 0:
-            raise ValueError("negative radius")
-        return pi * self.radius_of ** 2
-
-
-def main():
-    return Circle(100).area()
-'''
-BPE = train_bpe([Document("source", SOURCE * 3)], 340)
+SOURCE, BPE = tiny.SOURCE, tiny.code_tokenizer()
 
 
 def test_load_tokenizer_from_a_file_and_from_a_directory(tmp_path):
