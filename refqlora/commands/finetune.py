@@ -211,14 +211,17 @@ def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
 
 
 MORE = (
-    "DATA is a .jsonl file with a prompt and a completion, or with messages, on each line; then only the completion or "
-    "the assistant's messages count in the loss. Or it is a text file, or a directory of them; then all tokens count. "
-    'The tokenizer\'s chat template writes the messages; without one, each message is a line "role: content".'
+    "DATA is a .jsonl or .json file of examples: prompt and completion, messages, Alpaca's instruction and output, "
+    "ShareGPT's conversations, or text. Of an example only the completion or the assistant's messages count in the loss. "
+    "Or DATA is a text file, or a directory of them; then all tokens count. The tokenizer's chat template writes the "
+    'messages; without one, each message is a line "role: content".'
 )
 
 
 def add(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--data", type=Path, required=True, help="a .jsonl file, a text file or a directory of texts")
+    options.add_argument(
+        "--data", type=Path, required=True, help="examples (.jsonl, .json), a text file, or a directory of texts"
+    )
     model_option(options)
     out_option(options, "refqlora-adapter")
     options.add_argument("--no-quantize", action="store_true", help="plain LoRA: leave the base in float32")
