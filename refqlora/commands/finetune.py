@@ -212,7 +212,7 @@ def tell(facts: dict[str, Any], out: Path, console: Console) -> None:
 
 MORE = (
     "DATA is a .jsonl or .json file of examples: prompt and completion, messages, Alpaca's instruction and output, "
-    "ShareGPT's conversations, or text. Of an example only the completion or the assistant's messages count in the loss. "
+    "ShareGPT's conversations, or text; then only the completion or the assistant's messages count in the loss. "
     "Or DATA is a text file, or a directory of them; then all tokens count. The tokenizer's chat template writes the "
     'messages; without one, each message is a line "role: content".'
 )
