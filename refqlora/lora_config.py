@@ -139,7 +139,10 @@ class LoraConfig:
         ):
             if isinstance(wanted, str):
                 if wanted not in ("", "all-linear") and not any(full_match(wanted, name) for name in names):
-                    said.append(f"{option}: expected a pattern for names that end in {kinds}, got {shown(wanted)}")
+                    found = shown(wanted)
+                    if any(_matches(tuple(wanted.split(",")), name) for name in names):
+                        found += "; give names as a list"
+                    said.append(f"{option}: expected a pattern for names that end in {kinds}, got {found}")
             else:
                 idle = [one for one in wanted if not any(_matches((one,), name) for name in names)]
                 said += [f"{option}: expected one of {kinds}, got {shown(one)}" for one in idle]

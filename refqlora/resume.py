@@ -119,8 +119,8 @@ def check_start(out: Path, resume: bool) -> None:
     elif path.is_file():
         step, steps = read_step(path), read_identity(path).get("steps")
         if isinstance(steps, int) and step < steps:
-            where = f"step {step} of {shown(steps)}"
-            raise ValueError(f"{path}: holds a run stopped at {where}: resume it, or remove the file")
+            where = f"at step {step} of {shown(steps)}"
+            raise ValueError(f"{path}: holds an unfinished run, {where}: resume it, or remove the file")
 
 
 def save_checkpoint(path: Path, params: dict[str, Array], optimizer: AdamW, identity: dict[str, Any]) -> None:

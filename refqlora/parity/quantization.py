@@ -201,7 +201,7 @@ def compare_rows(observed: Observed) -> Outcome:
     q = QuantizedTensor(packed, absmax, NF4, back.shape, 64, np.dtype(np.float32))
     wrong = len(differing(back, defined))
     note = f"bitsandbytes itself uses the wrong constant for {wrong:,} of {back.size:,}"
-    right = "bitsandbytes is right on this machine; its known fault is with AVX512"
+    right = "bitsandbytes was right where this was computed; its known fault is with AVX512"
     return _counted([("dequantised", dequantize(q), defined)], note if wrong else right)
 
 

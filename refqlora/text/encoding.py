@@ -29,7 +29,8 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, block_size: int, e
     n = (len(stream) - 1) // block_size  # the last label is one token further
     if n < 1:
         what = documents[0].name if len(documents) == 1 else f"the {len(documents)} texts"
-        raise ValueError(f"{what}: expected {block_size + 1} tokens for a block of {block_size}, got {len(stream)}")
+        expected = f"{block_size + 1} tokens for a block of {block_size}"
+        raise ValueError(f"{what}: expected {expected}, got {len(stream)}: give more text or a smaller maximum length")
     tokens, labels = (stream[i : i + n * block_size].reshape(n, block_size) for i in (0, 1))
     return Dataset(list(tokens), list(labels), token_bytes(tokenizer))
 

@@ -427,7 +427,7 @@ def test_interrupted_and_resumed(place, capsys):
     saved = "refqlora finetune: interrupted: step 3 of 5 is saved in out/checkpoint.safetensors"
     assert f"\n{saved}; to continue: refqlora {options.strip()} --resume\n" in capsys.readouterr().err
     assert call(*options.split()) == 2
-    assert "holds a run stopped at step 3 of 5: resume it" in capsys.readouterr().err
+    assert "holds an unfinished run, at step 3 of 5: resume it" in capsys.readouterr().err
     assert call(*options.split(), "--resume") == 0
     assert call(*options.replace("--out out", "--out whole").split()) == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):

@@ -648,7 +648,7 @@ def test_rows_that_are_lost_are_missed(half):
 
 def test_an_unfinished_run_is_not_written_over(half):
     before = contents(half)
-    with pytest.raises(ValueError, match=f"{CHECKPOINT}: holds a run stopped at step 2 of 4: resume it, or remove"):
+    with pytest.raises(ValueError, match=f"{CHECKPOINT}: holds an unfinished run, at step 2 of 4: resume it"):
         short_run(half, resume=False)
     assert contents(half) == before
     (half / CHECKPOINT).unlink()
