@@ -265,7 +265,7 @@ class Model:
     ) -> tuple[Array, dict]:
         """tokens (B, T) integers -> logits (B, T, V), cache: `decoder_forward`, which explains the options, with the
         active adapter. Raises ValueError for tokens of another shape or outside the vocabulary, and for more positions
-        than the model or `kv` can take."""
+        than `kv` can take or, where they are learned, the model has."""
         tokens = self._checked(tokens, rng, recompute, kv)
         adapter = None if self.active is None else self.adapters[self.active]
         return decoder_forward(

@@ -75,9 +75,8 @@ def recorded(run: Run, resume: bool) -> Iterator[None]:
         yield
         return
     path = run.out / CHECKPOINT
-    check_start(run.out, resume)
     with locked(run.out):
-        check_start(run.out, resume)  # again, now that no other process writes there
+        check_start(run.out, resume)
         if resume:
             step = load_checkpoint(path, run.params, run.optimizer, run.identity)
             run.rows = read_rows(run.out / METRICS, step)

@@ -72,9 +72,8 @@ def finetune(
     is trained, raises ValueError or FileNotFoundError for bad files or options, and MemoryError if a step cannot fit.
     """
     keep_freed_memory()
-    check_place(out, resume)
     with locked(out):
-        check_place(out, resume)  # now that no other process writes there
+        check_place(out, resume)
         if resume and training.get("micro_batch_size") is None:
             # Keep the size of the interrupted run, as the last bits depend on it.
             training = {**training, "micro_batch_size": read_identity(out / CHECKPOINT).get("micro_batch_size")}

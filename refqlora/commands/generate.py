@@ -16,7 +16,7 @@ from ..text.sampling import Sampling
 from .chat import Chat, converse
 from .options import count, model_option, natural, seed_option
 
-QUANTISED = "refqlora generate: the model is quantised to NF4; --no-quantize leaves it as it is\n"
+QUANTISED = "refqlora generate: note: the model is quantised to NF4; --no-quantize leaves it as it is\n"
 
 MORE = (
     "The base is quantised to NF4, as finetune trains adapters on it; --no-quantize leaves it as it is. --prompt is "

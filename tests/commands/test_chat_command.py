@@ -27,7 +27,7 @@ from refqlora.text.sampling import Sampling
 from refqlora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
-QUANTISED = "refqlora generate: the model is quantised to NF4; --no-quantize leaves it as it is\n"
+QUANTISED = "refqlora generate: note: the model is quantised to NF4; --no-quantize leaves it as it is\n"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
