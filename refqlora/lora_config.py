@@ -151,10 +151,10 @@ class LoraConfig:
         layers = {layer for name in linears if (layer := self._layer(name)) is not None}
         missing = [i for i in self.layers or () if i not in layers]
         said += [f"layers: expected numbers among {sorted(layers)}, got {shown(i)}" for i in missing]
-        found = self._found(linears)
+        chosen = self._found(linears)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
-                if not any(name_match(key, name) for name in found):
+                if not any(name_match(key, name) for name in chosen):
                     said.append(f"{option}: expected names of linears that get an adapter, got {shown(key)}")
         return said
 
