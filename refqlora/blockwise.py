@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from .backend import Array, array_module
-from .checks import check, finite, one_of
+from .checks import check, finite, one_of, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -166,7 +166,7 @@ def _binned(x: Array, codebook: np.ndarray, block_size: int) -> tuple[Array, Arr
 
 def count_blocks(size: int, block_size: int, name: str = "") -> int:
     if not isinstance(block_size, int | np.integer) or block_size not in BLOCK_SIZES:
-        raise ValueError(f"{name}: block_size: expected one of {BLOCK_SIZES}, got {block_size!r}")
+        raise ValueError(f"{name}: block_size: expected one of {BLOCK_SIZES}, got {shown(block_size)}")
     return -(-size // block_size)
 
 

@@ -86,7 +86,7 @@ def check_array(name: str, x: Any, kinds: str, shape: tuple[int, ...] | None = N
     integers), and of `shape` if one is given."""
     dtype: Any = getattr(x, "dtype", None)
     masked = isinstance(x, np.ndarray) and type(x) not in (np.ndarray, np.memmap)  # whose arithmetic is another
-    is_array = isinstance(dtype, np.dtype) and hasattr(x, "reshape") and not masked
+    is_array = isinstance(dtype, np.dtype) and dtype.type is not np.void and hasattr(x, "reshape") and not masked
     if not is_array or dtype.kind not in kinds or shape not in (None, x.shape):
         what = "floats" if "f" in kinds else "integers"
         raise ValueError(f"{name}: expected {what}{'' if shape is None else f' of shape {shape}'}, got {shown(x)}")

@@ -108,3 +108,10 @@ def test_what_a_dtype_does_not_hold_is_named():
     with pytest.raises(ValueError, match="holds") as error:
         checks.finite("w", x, np.float16)
     assert str(error.value) == "w: expected a number that float16 holds, got 70000.0 at (2,)"
+
+
+def test_an_array_of_records_is_not_one_of_floats():
+    checks.check_array("x", np.ones(2, ml_dtypes.bfloat16), "fV")  # whose kind is "V", as that of records
+    for dtype in ([("a", "<f4"), ("b", "<i4")], "V8"):
+        with pytest.raises(ValueError, match="x: expected floats"):
+            checks.check_array("x", np.zeros(2, dtype), "fV")
