@@ -22,6 +22,7 @@ import numpy as np
 from .backend import Array, array_module
 from .checks import check, check_array, number
 
+CHUNK = 2**17  # elements of the logits that cross_entropy handles at once: 512 KiB of float32 stay in the L2 cache
 IGNORE = -100  # the label of a position that does not count (the convention of torch and transformers)
 
 
@@ -282,7 +283,7 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     flat, dflat = logits.reshape(-1, vocabulary), dlogits.reshape(-1, vocabulary)  # (N, V)
     rows = xp.flatnonzero(counted)  # those that count
     loss = 0.0
-    step = max(1, 2**17 // vocabulary)  # rows at a time: 512 KiB of float32 stay in the L2 cache
+    step = max(1, CHUNK // vocabulary)  # rows at a time
     for start in range(0, rows.size, step):
         row = rows[start : start + step]  # (n,)
         label = labels.reshape(-1)[row]  # (n,)

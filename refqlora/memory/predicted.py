@@ -18,10 +18,9 @@ from collections.abc import Mapping
 
 from ..attention import TILE
 from ..config import Config
+from ..functional import CHUNK
 from ..lm_head import TILE as HEAD_TILE
 from ..lora_config import LoraConfig
-
-CHUNK = 2**17  # elements of the logits that cross_entropy handles at once
 
 
 def step_bytes(
