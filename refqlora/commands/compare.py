@@ -1,4 +1,4 @@
-"""Three claims about LoRA and QLoRA, measured: they are cheaper, adapters are modular, and nothing is forgotten."""
+"""Claims about LoRA and QLoRA, measured: cheaper training, modular adapters, nothing forgotten; what merging costs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,24 @@ from ..text import corpus
 from ..text.dataset import Dataset
 from ..text.encoding import pack
 from ..training import evaluate, train
-from .demo import bundled, docstring_task, measure_step, plain_source, training_config
+from .demo import ADAPTER, bundled, docstring_task, measure_step, plain_source, training_config
+from .info import machine
+from .merge import merge_in_memory
 from .options import console, count, json_option, number_table, out_option, report, seed_option, show
 from .progress import progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..model import Model
+
 RANKS = (1, 2, 4, 8, 16, 64)
+WAYS = {  # of merging: what the table says, merge.INTO's word, the dtype that the weights are rounded to
+    "original": ("into the original weights", "original", "float32"),
+    "dequantised": ("into the dequantised base", "dequantised", "float32"),
+    "bfloat16": ("the same, rounded to bfloat16", "dequantised", "bfloat16"),
+    "nf4": ("into 4 bits again", "nf4", "float32"),
+}
 FULL_LR = 2e-4  # full fine-tuning's learning rate: the best of 1e-4, 2e-4, 5e-4 and 1e-3 on this task
 
 
@@ -39,7 +49,7 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
     base, tokenizer, eos = bundled()
     task, held_out = docstring_task(tokenizer, eos)
     source = plain_source(tokenizer, eos, base.config.max_positions)
-    rows = []
+    rows, merging = [], {}
     for method, rank in _methods():
         model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
         old = evaluate(model, source).loss
@@ -64,10 +74,14 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
                 "old_after": evaluate(model, source).loss,
             }
         )
+        if (method, rank) == ("QLoRA", ADAPTER["rank"]):
+            merging = merging_losses(model, held_out)
     show(console, methods_table(rows, steps))
+    show(console, merging_table(merging))
     modular = modularity(task, held_out, steps, seed, console.quiet)
     show(console, modularity_table(modular))
-    facts = {"steps": steps, "seed": seed, "methods": rows, "modularity": modular}
+    facts = {"steps": steps, "seed": seed, "machine": machine(), "methods": rows}
+    facts |= {"merging": merging, "modularity": modular}
     write_json(out / "compare.json", facts)
     show(console, f"Wrote {out}/compare.json")
     return facts
@@ -78,6 +92,24 @@ def _methods() -> Iterator[tuple[str, int | None]]:
     for method in ("LoRA", "QLoRA"):
         for rank in RANKS:
             yield method, rank
+
+
+def merging_losses(model: Model, held_out: Dataset) -> dict[str, dict[str, float]]:
+    """The active adapter of `model`, the bundled base in NF4, merged in each of WAYS: -> {way: {"loss": on `held_out`,
+    "error": the distance from the weights that were trained, as a multiple of the adapter's change}}.
+
+    Before them comes "adapter", kept separate, and after them "none", the base alone.
+    """
+    rows = {"adapter": {"loss": evaluate(model, held_out).loss, "error": 0.0}}
+    for way, (_, into, dtype) in WAYS.items():
+        merged, _, _ = bundled()
+        error = merge_in_memory(merged, model.adapters, into, dtype)
+        rows[way] = {"loss": evaluate(merged, held_out).loss, "error": error}
+    active = model.active
+    model.set_adapter(None)
+    rows["none"] = {"loss": evaluate(model, held_out).loss, "error": 1.0}
+    model.set_adapter(active)
+    return rows
 
 
 def modularity(
@@ -123,6 +155,15 @@ def methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
     table.caption = (
         "* weights, constants, adapter, gradients and AdamW's moments; with its adapter off, a model forgets nothing"
     )
+    return table
+
+
+def merging_table(rows: dict[str, dict[str, float]]) -> Table:
+    said = {"adapter": "kept separate", "none": "the base alone"} | {way: said for way, (said, _, _) in WAYS.items()}
+    table = number_table(f"QLoRA r={ADAPTER['rank']}, merged: held-out loss", "adapter", "loss", "error*")
+    for way, row in rows.items():
+        table.add_row(said[way], f"{row['loss']:.4f}", f"{row['error']:.3g}")
+    table.caption = "* distance from the weights that were trained, relative to the adapter's change"
     return table
 
 

@@ -50,6 +50,16 @@ def info() -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """What goes beside a measurement: the processor, its cores, Python's and NumPy's versions."""
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
 def processor() -> str | None:
     """The processor's name."""
     try:

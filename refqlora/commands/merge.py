@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..adapters import warn_if_untrained
+from ..adapters import Adapter, warn_if_untrained
 from ..backend import Array
 from ..checks import finite
 from ..files import pretrained
@@ -86,6 +86,20 @@ def merge_model(
     facts = errors.facts() | {"into": into, "dtype": stored.name, "trained_on_nf4": trained_on_nf4}
     use = f"refqlora generate --model {shlex.quote(str(out))}{'' if into == 'nf4' else ' --no-quantize'} --prompt TEXT"
     return facts | {"erased": facts["all"]["requantised"] >= ERASED, "use": use}
+
+
+def merge_in_memory(model: Model, adapters: Mapping[str, Adapter], into: str, dtype: str = "float32") -> float:
+    """Merge adapters that learnt on NF4 into the linears of `model`, dense, in place, in one of the ways of INTO; dense
+    results are rounded to `dtype`. -> the error of that way (see above)."""
+    merging = Model(model.config, model.params, model.dtype)
+    merging.adapters = dict(adapters)
+    errors = Errors()
+    for linear in model.config.linears():
+        merged = merged_weights(merging, linear)
+        errors.add(linear, merged, DENSE_DTYPES[dtype])
+        weight = merged.into(into)
+        model.params[linear + ".weight"] = weight if into == "nf4" else weight.astype(DENSE_DTYPES[dtype])
+    return errors.facts()["all"][{"nf4": "requantised"}.get(into, into)]
 
 
 class Merged(NamedTuple):

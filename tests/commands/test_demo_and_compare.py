@@ -264,6 +264,15 @@ def test_the_comparison_has_every_method_and_rank(base, tmp_path):
         cells += [f"{row['old_after']:.4f}", f"{row['old_after'] - row['old_before']:+.4f}"]
         assert [cell.strip() for cell in re.split("[│┃]", table.pop(0))[1:-1]] == cells
 
+    merging = facts["merging"]
+    assert list(merging) == ["adapter", "original", "dequantised", "bfloat16", "nf4", "none"]
+    trained = next(row for row in rows if (row["method"], row["rank"]) == ("QLoRA", 16))
+    assert merging["adapter"]["loss"] == trained["new_after"]
+    assert merging["dequantised"]["loss"] == pytest.approx(trained["new_after"], rel=1e-6)
+    assert merging["none"]["loss"] == trained["new_before"]
+    assert merging["dequantised"]["error"] == 0 < merging["bfloat16"]["error"] < merging["original"]["error"]
+    assert "into 4 bits again" in printed
+
     losses = facts["modularity"]
     assert list(losses) == ["none", "docstrings", "language reference"]
     assert all(list(row) == ["docstrings", "language reference"] for row in losses.values())
