@@ -98,7 +98,8 @@ def merge_in_memory(model: Model, adapters: Mapping[str, Adapter], into: str, dt
         merged = merged_weights(merging, linear)
         errors.add(linear, merged, DENSE_DTYPES[dtype])
         weight = merged.into(into)
-        model.params[linear + ".weight"] = weight if into == "nf4" else weight.astype(DENSE_DTYPES[dtype])
+        rounded = weight if isinstance(weight, QuantizedTensor) else weight.astype(DENSE_DTYPES[dtype])
+        model.params[linear + ".weight"] = rounded
     return errors.facts()["all"][{"nf4": "requantised"}.get(into, into)]
 
 
