@@ -19,7 +19,8 @@ Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: e
     kv_cache, layer, lm_head, decoder                         a whole decoder
     model, optim, resume, training                            the front door, and training
 
-The rest of the package surrounds the engine, a folder each: files, text, memory, parity, figures, commands.
+The rest of the package surrounds the engine, a folder each: files, text, memory, parity, figures,
+notebooks, commands.
 """
 
 from importlib import import_module

@@ -5,11 +5,11 @@ The rules are read off the layout and off the reading order in the package's doc
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from without import attempt, run, run_without
 
 import refqlora
 
@@ -209,10 +209,6 @@ def test_a_planted_circle_is_found():
     assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
-def run(program):
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-
-
 def test_importing_the_package_loads_nothing_slow():
     done = run("import sys, refqlora; print(*sorted({name.partition('.')[0] for name in sys.modules}))")
     loaded = set(done.stdout.split())
@@ -225,34 +221,11 @@ def test_importing_the_package_loads_nothing_slow():
 
 # ---- what there may not be ----
 
-WITHOUT = """
-import sys, _thread, threading
-
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-def no_thread(*_):
-    raise RuntimeError("can't start new thread")
-
-sys.meta_path.insert(0, Without())
-if {threadless}:  # as in a browser
-    _thread.start_new_thread = threading._start_new_thread = threading.Thread.start = no_thread
-"""
-
-
-def run_without(blocked, program, threadless=False):
-    """Run a program where these modules do not exist, and perhaps no thread can be started; -> what it printed."""
-    done = run(WITHOUT.format(blocked=set(blocked), threadless=threadless) + program)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 def test_what_is_blocked_is_blocked():
-    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "import rich.console")
+    done = attempt({"rich"}, "import rich.console")
     assert "No module named 'rich" in done.stderr
-    done = run(WITHOUT.format(blocked={"rich"}, threadless=True) + "threading.Thread(target=print).start()")
+    done = attempt({"rich"}, "threading.Thread(target=print).start()", threadless=True)
     assert "can't start new thread" in done.stderr
 
 
@@ -280,7 +253,7 @@ print(*rq.generate(model, [7], max_new_tokens=9))
 
 def test_the_engine_works_without_the_slow_packages_and_without_threads():
     """In a browser (Pyodide), say: a model is trained, quantised, trained on, and writes what it has learnt."""
-    names = [name for name in MODULES if room(name) in (None, "memory", "figures")]
+    names = [name for name in MODULES if room(name) in (None, "memory", "figures", "notebooks")]
     out = run_without((*SLOW, *ORACLES), A_TINY_MODEL.format(names=names), threadless=True)
     (before, after), text = (line.split() for line in out.splitlines())
     assert float(before) > 3 > 1 > float(after)

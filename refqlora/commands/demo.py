@@ -18,6 +18,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from ..backend import keep_freed_memory
+from ..figures import write_figure
 from ..figures.loss import held_out_losses, loss_figure
 from ..files.hub import BUNDLED
 from ..memory.held import training_bytes
@@ -134,7 +135,10 @@ def demo(out: Path, console: Console, *, steps: int = 300, seed: int = 0, resume
     )
 
     model.save_adapter(out, base="refqlora")
-    loss_figure(out / "loss.png", rows, held_out_losses(rows, before.loss, after.loss), "Learning to write docstrings")
+    write_figure(
+        out / "loss.png",
+        loss_figure(rows, held_out_losses(rows, before.loss, after.loss), "Learning to write docstrings"),
+    )
     facts["seconds"] = time.perf_counter() - started
     written = f"Wrote {out}/: adapter_model.safetensors, adapter_config.json, metrics.jsonl, loss.png"
     show(console, f"{written}\n{facts['seconds']:.0f} seconds in total")

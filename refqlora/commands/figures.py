@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from ..figures.methods import methods_figure
+from ..figures import write_figure
+from ..figures.gallery import GALLERY, MEASURED, measured, page
+from ..files.writing import write_bytes
 from .options import console, json_option, out_option, report, show
 
-FIGURES = {"methods.png": methods_figure}
-
-MORE = "They need no data."
+MORE = "What was measured is drawn from a run of `refqlora compare`: the one that comes with refqlora, or yours."
 
 
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "figures")
+    options.add_argument(
+        "--measured", type=Path, default=MEASURED, metavar="FILE", help="compare.json of a run (default: refqlora's)"
+    )
     json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:
+    facts = measured(a.measured)
     a.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(a.out / name)
-    show(console(a), f"wrote {a.out}/: {', '.join(FIGURES)}")
-    report(a, {"out": str(a.out), "files": list(FIGURES)})
+    for name, (_, draw) in GALLERY.items():
+        write_figure(a.out / name, draw(facts))
+    write_bytes(a.out / "README.md", page().encode())
+    show(console(a), f"wrote {a.out}/: {', '.join(GALLERY)}, README.md")
+    report(a, {"out": str(a.out), "files": list(GALLERY)})

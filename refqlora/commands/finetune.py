@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backend import keep_freed_memory
+from ..figures import write_figure
 from ..figures.loss import held_out_losses, loss_figure
 from ..files import adapter_files
 from ..files.hub import BUNDLED, model_directory
@@ -87,7 +88,7 @@ def finetune(
         model.save_adapter(out, base="refqlora" if base == BUNDLED else str(base))
         after = measure(job, "after", console)
         curve = held_out_losses(rows, before.loss, after.loss) if before and after else {}
-        loss_figure(out / "loss.png", rows, curve, f"Fine-tuning on {data.name}")
+        write_figure(out / "loss.png", loss_figure(rows, curve, f"Fine-tuning on {data.name}"))
         sample = write_sample(model, job.held_out or job.train_set)
     prompt = None if job.chat else sample["prompt"]
     facts = {

@@ -11,6 +11,7 @@ import ml_dtypes
 
 from ..backend import cores, keep_freed_memory
 from ..config import Config
+from ..figures import write_figure
 from ..figures.loss import held_out_losses, loss_figure
 from ..files.writing import write_bytes
 from ..model import Model
@@ -106,7 +107,7 @@ def pretrain(
         "samples": [(text, complete(stored, text, tokenizer=tokenizer, **SAMPLING, seed=seed)) for text in PROMPTS],
     }
     curve = held_out_losses(rows, before)
-    loss_figure(out / "loss.png", rows, curve, "Pretraining on the standard library's source")
+    write_figure(out / "loss.png", loss_figure(rows, curve, "Pretraining on the standard library's source"))
     write_bytes(out / "README.md", card(facts).encode())
     (out / CHECKPOINT).unlink(missing_ok=True)
     return facts

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ..quantization import quantized_nbytes
-from . import write_png
+from . import FROZEN, GRADIENTS, INK, MOMENTS, TRAINED, canvas, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZE, RANK = 4096, 16  # of a linear layer in a model of 7 billion parameters, and of its adapter
-FROZEN, TRAINED, INK = "#8fa6bf", "#d9662b", "#22303f"
-GRADIENTS, MOMENTS = "#eeaa86", "#f8dccb"
 
 
 def method_bytes(size: int = SIZE, rank: int = RANK) -> dict[str, dict[str, int]]:
@@ -25,15 +27,15 @@ def method_bytes(size: int = SIZE, rank: int = RANK) -> dict[str, dict[str, int]
     }
 
 
-def methods_figure(path: Path) -> None:
-    """Draw the three methods side by side into a PNG of 1320 x 624 pixels, written atomically."""
-    from matplotlib.figure import Figure
+@styled
+def methods_figure(held: Mapping[str, Mapping[str, int]]) -> Figure:
+    """One linear layer in training: what is trained is orange, what is frozen blue, and the bars are the bytes.
+
+    held: those of `method_bytes`, for an adapter of rank RANK.
+    """
     from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-    figure = Figure(figsize=(11, 5.2))
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.97, bottom=0.04, wspace=0.03)
-    panels = figure.subplots(1, 3)
-    held = method_bytes()
+    figure, panels = canvas(11, 5.2, columns=3)
     most = sum(held["full fine-tuning"].values())
     for axes, (method, parts) in zip(panels, held.items(), strict=True):
         axes.set(xlim=(0, 10), ylim=(0, 10))
@@ -84,4 +86,4 @@ def methods_figure(path: Path) -> None:
         axes.text(0.4, 0.98, f"{total / 2**20:.1f} MiB", ha="left", va="center", fontsize=15, weight="bold", color=INK)
         detail = ", ".join(f"{part} {size / 2**20:.3g}" for part, size in parts.items())
         axes.text(0.4, 0.42, detail, ha="left", va="center", fontsize=9, color=INK)
-    write_png(path, figure)
+    return figure
