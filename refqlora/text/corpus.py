@@ -16,7 +16,7 @@ import sysconfig
 import textwrap
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .examples import Document, Example
@@ -54,12 +54,17 @@ def docstring_examples(held_out: bool) -> list[Example]:
 
     Raises FileNotFoundError as `modules` does.
     """
-    training = _documented_functions(modules(held_out=False))
+    training = documented_functions(modules(held_out=False))
     if not held_out:
         return training
     prompts = {example.prompt for example in training}
-    examples = _documented_functions(modules(held_out=True))
+    examples = documented_functions(modules(held_out=True))
     return [example for example in examples if example.prompt not in prompts]
+
+
+def documented_functions(documents: Iterable[Document]) -> list[Example]:
+    """The examples of `docstring_examples` in these files of Python, in the order of the source, each once."""
+    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
 
 
 def language_reference(held_out: bool) -> list[Document]:
@@ -102,11 +107,6 @@ def _library(root: Path) -> Iterator[Document]:
             lines = [line for line in text.split("\n") if line.strip()]
             if 2 * sum(_TABLE_ROW.fullmatch(line) is not None for line in lines) < len(lines):
                 yield Document(".".join(parts).removesuffix(".__init__"), text)
-
-
-def _documented_functions(documents: list[Document]) -> list[Example]:
-    """The examples of `docstring_examples` in these files, in the order of the source, each once."""
-    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
 
 
 @functools.cache  # parsing the library takes seconds, and held-out examples need the training ones too
