@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
+from .domains import domains_figure
+from .forgetting import forgetting_figure
+from .merging import merging_figure
 from .methods import method_bytes, methods_figure
 
 if TYPE_CHECKING:
@@ -19,6 +22,20 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "methods.svg": (
         "One linear layer in training: full fine-tuning, LoRA and QLoRA, what is frozen and what is trained, in bytes.",
         lambda facts: methods_figure(method_bytes()),
+    ),
+    "domains.svg": (
+        "Two adapters on one quantised base: each is good at its own domain, and the base is itself when both are off.",
+        lambda facts: domains_figure(facts["modularity"]),
+    ),
+    "forgetting.svg": (
+        "What each method learns of a new task and forgets of the old one, by rank; an adapter that is off forgets "
+        "nothing.",
+        lambda facts: forgetting_figure(facts["methods"]),
+    ),
+    "merging.svg": (
+        "An adapter merged in four ways: how far the weights end from those that were trained, and what it costs in "
+        "loss.",
+        lambda facts: merging_figure(facts["merging"]),
     ),
 }
 
