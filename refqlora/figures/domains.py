@@ -18,7 +18,7 @@ NAMES = {"none": "adapters off\n(the base)"}  # of rows
 @styled
 def domains_figure(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     """A row for the base and for each adapter, a column for each domain: the held-out loss, and its change from the
-    base's. Orange is better than the base, blue-grey worse, and the deeper the more.
+    base's. Orange is better than the base, blue-grey worse, and the deeper the more in this column.
 
     losses: {adapter, or "none" for the base: {domain: loss}}, as compare's "modularity".
     """
@@ -28,10 +28,10 @@ def domains_figure(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     adapters = ["none", *(name for name in losses if name != "none")]
     grid = np.array([[losses[name][domain] for domain in domains] for name in adapters])  # (adapters, domains)
     change = grid - grid[0]
-    most = abs(change).max() or 1.0
+    shade = change / np.maximum(abs(change).max(axis=0), 1e-9)  # -1 to 1
     figure, axes = canvas(7, 1.2 + 0.85 * len(adapters))
     shades = LinearSegmentedColormap.from_list("gain", [TRAINED, "white", FROZEN])
-    axes.imshow(change, cmap=shades, vmin=-most, vmax=most, aspect="auto")
+    axes.imshow(shade, cmap=shades, vmin=-1, vmax=1, aspect="auto")
     for i in range(len(adapters)):
         for j in range(len(domains)):
             axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="bottom" if i else "center", weight="bold", size=15)
@@ -45,5 +45,5 @@ def domains_figure(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.tick_params(which="both", length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_ylabel("adapter")
-    axes.set_title("Held-out loss in each domain, and its change from the base", pad=14, x=-0.25)
+    figure.suptitle("Held-out loss in each domain, and its change from the base", x=0.02, ha="left", size=13, weight="bold")
     return figure

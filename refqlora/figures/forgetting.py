@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOOKS = {"full": (INK, "s"), "LoRA": (SERIES[0], "o"), "QLoRA": (SERIES[1], "D")}  # colour and marker
-OFF = "an adapter that is off: nothing learnt, nothing forgotten"
+OFF = "adapter off: nothing learnt or forgotten"
 
 
 @styled
@@ -22,7 +22,7 @@ def forgetting_figure(rows: Sequence[Mapping[str, Any]], label: str = "rank") ->
     label: the key whose value stands beside each point, such as "rank" or "lr"; a method's points are joined in the
     order of the rows. With its adapter off a model is the base, to the bit: the dashed line.
     """
-    figure, axes = canvas(7, 4.6)
+    figure, axes = canvas(7, 5)
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         x, y = zip(*(learnt_and_forgotten(row) for row in own), strict=True)
@@ -34,15 +34,14 @@ def forgetting_figure(rows: Sequence[Mapping[str, Any]], label: str = "rank") ->
                 offset = (-7, 5) if method == "LoRA" else (7, -12)
                 text = axes.annotate(f"{row[label]:g}", at, offset, textcoords="offset points", color=color)
                 text.set_ha("right" if method == "LoRA" else "left")
-    axes.axhline(0, color=INK, linewidth=1.2, linestyle="--")
-    axes.annotate(OFF, (0, 0), (4, 5), xycoords=("axes fraction", "data"), textcoords="offset points")
-    axes.margins(x=0.12)
+    axes.axhline(0, color=INK, linewidth=1.2, linestyle="--", label=OFF)
+    axes.margins(0.12)
     axes.set_xlabel("learnt: fall of the new task's loss, nats a token")
     axes.set_ylabel("forgotten: rise of the old one's")
     said = {"rank": "by rank", "lr": "by learning rate"}.get(label, f"by {label}")
     axes.set_title(f"Learnt and forgotten, {said}")
     axes.grid()
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -57,7 +56,7 @@ def factor_figure(losses: Mapping[float, Mapping[str, float]], factor: float, sa
 
     losses: {factor: {task: loss}}. said: a line below the title, such as what the model writes at this factor.
     """
-    figure, axes = canvas(7, 4.2)
+    figure, axes = canvas(7, 4.4)
     factors = sorted(losses)
     for task, color in zip(losses[factor], SERIES, strict=False):
         y = [losses[f][task] for f in factors]
@@ -69,7 +68,8 @@ def factor_figure(losses: Mapping[float, Mapping[str, float]], factor: float, sa
         axes.annotate(task, (factors[-1], y[-1]), (8, 0), textcoords="offset points", color=color, va="center")
     axes.axvline(factor, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="factor of the adapter's change: 0 is the base, 1 as trained", ylabel="held-out loss")
-    axes.set_title(f"The adapter times {factor:g}" + (f"\n{said}" if said else ""), parse_math=False)
+    figure.suptitle(f"The adapter times {factor:g}", x=0.02, ha="left", size=13, weight="bold")
+    axes.set_title(said, size=11, weight="normal", family="monospace", parse_math=False, x=-0.08)
     axes.margins(y=0.15)
     axes.grid(axis="y")
     return figure

@@ -18,14 +18,15 @@ ROWS = [
 
 
 def test_each_method_s_points_are_joined():
-    axes = forgetting_figure(ROWS).axes[0]
-    shown = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() != "None"}
+    figure = forgetting_figure(ROWS)
+    lines = figure.axes[0].get_lines()
+    shown = {line.get_label(): line.get_xydata().tolist() for line in lines if line.get_marker() != "None"}
     assert shown == {
         "full fine-tuning": [[0.75, 0.125]],
         "LoRA, adapter on": [[0.625, 0.0625], [0.6875, 0.5]],
         "QLoRA, adapter on": [[0.6875, 0.25]],
     }
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(shown)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*shown, OFF]
 
 
 def test_an_adapter_that_is_off_is_a_line_at_zero():
@@ -38,7 +39,7 @@ def test_an_adapter_that_is_off_is_a_line_at_zero():
 )
 def test_points_say_their_rank_or_learning_rate(label, said):
     texts = [text.get_text() for text in forgetting_figure(ROWS, label).axes[0].texts]
-    assert texts == [*said, OFF]
+    assert texts == said
 
 
 def test_the_signs():
@@ -53,5 +54,6 @@ def test_the_factor_moves_the_points_and_not_the_curves():
         np.testing.assert_array_equal(curves, [[(0, 2.5), (1, 3), (2, 3.5)], [(0, 3.5), (1, 2), (2, 2.25)]])
         points = [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if len(line.get_xydata()) == 1]
         assert points == [[[factor, losses[factor]["old"]]], [[factor, losses[factor]["new"]]]]
-        assert figure.axes[0].get_title(loc="left") == f"The adapter times {factor:g}\nwrites: $x$"
+        assert figure.get_suptitle() == f"The adapter times {factor:g}"
+        assert figure.axes[0].get_title(loc="left") == "writes: $x$"
         assert picture(figure, "png")
