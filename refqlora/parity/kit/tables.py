@@ -1,4 +1,4 @@
-"""A kernel's own table, inferred from its results: a wrong entry, or thresholds that are not midpoints."""
+"""What is inferred from a kernel's results: a table of its own, other thresholds, another numbering of the codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ...codebooks import NF4
 from ..cases import unpacked
+from ..differences import ulps
 from .mistakes import F32, TINY, in_blocks
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def own_table(trials: Sequence[Trial]) -> list[Mistake]:
     """The mistake that explains these calls of quantize or dequantize by a table of the kernel's own, or []."""
     called = [trial for trial in trials if trial.found]
     if called[0].function == "quantize":
-        return _thresholds(called)
+        return [*_renumbered(called), *_thresholds(called)]
     return _values(called) if called[0].function == "dequantize" else []
 
 
@@ -39,6 +40,31 @@ def _values(called: Sequence[Trial]) -> list[Mistake]:
         return []
     entries = [f"entry {k} of the table is {table[k]:.7g}; it must be {NF4[k]:.7g}" for k in off]
     return [("; ".join(entries) if off.size <= 2 else f"the table is not NF4 but {_listed(table)}", {"table": table})]
+
+
+def _renumbered(called: Sequence[Trial]) -> list[Mistake]:
+    """The codes under other numbers, the filling of an odd size perhaps excepted."""
+    number = np.arange(16).astype(np.uint8)
+    for trial in called:
+        n = trial.arguments[0].size
+        number[unpacked(trial.expected["packed"])[:n]] = unpacked(trial.found["packed"])[:n]
+    if np.unique(number).size < 16 or (number == np.arange(16)).all():
+        return []
+    cause = f"the codes are numbered otherwise: 0 to 15 became {', '.join(map(str, number))}"
+    return [(cause, {"renumbered": number, "filling": filling}) for filling in (number[7], 7)]
+
+
+def only_rounding(trial: Trial) -> str:
+    """Said of a call of quantize in which only codes next to a threshold differ; "" of any other."""
+    if trial.wrong() != ["packed"] or trial.function != "quantize":
+        return ""
+    x = _scaled(*trial.arguments)
+    found, expected = (unpacked(side["packed"])[: x.size].astype(int) for side in (trial.found, trial.expected))
+    off = found != expected
+    lower = np.minimum(found, expected)[off]
+    if not off.any() or (abs(found - expected) > 1).any() or (ulps(x[off], MIDPOINTS[lower]) > 4).any():
+        return ""
+    return "x / absmax is rounded otherwise: the codes differ only within 4 units in the last place of a threshold"
 
 
 def _thresholds(called: Sequence[Trial]) -> list[Mistake]:
