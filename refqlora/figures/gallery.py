@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
 from .methods import method_bytes, methods_figure
+from .rounding import order_distances, orders_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,10 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "methods.svg": (
         "One linear layer in training: full fine-tuning, LoRA and QLoRA, what is frozen and what is trained, in bytes.",
         lambda facts: methods_figure(method_bytes()),
+    ),
+    "rounding.svg": (
+        "The same 4,096 products added in float32 in four orders: how far 500 such sums are from float64.",
+        lambda facts: orders_figure(order_distances()),
     ),
 }
 
