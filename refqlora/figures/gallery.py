@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
+from .anatomy import anatomy_figure
 from .methods import method_bytes, methods_figure
+from .rank import rank_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +21,14 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "methods.svg": (
         "One linear layer in training: full fine-tuning, LoRA and QLoRA, what is frozen and what is trained, in bytes.",
         lambda facts: methods_figure(method_bytes()),
+    ),
+    "anatomy.svg": (
+        "LoRA's anatomy: a frozen W, the trained A and B beside it, every shape, and the sum of both paths.",
+        lambda facts: anatomy_figure(),
+    ),
+    "rank.svg": (
+        "The rank against the held-out loss and the number of trained weights: LoRA, QLoRA and full fine-tuning.",
+        lambda facts: rank_figure(facts["methods"]),
     ),
 }
 
