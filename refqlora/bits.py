@@ -76,11 +76,11 @@ class BlockPath:
     normalised  float32 (B,), weights / absmax, from -1 to 1
     codes       uint8 (B,), of the values of NF4 nearest to them
     packed      uint8 (B/2,), two codes a byte
+    constants   float32 (up to 256,), the absmax of this block and of those that share its nested_absmax
     mean        of the constants of all the tensor's blocks
-    centred     absmax - mean
-    nested_absmax   the largest |centred| among the 256 blocks that this one is held with
-    constant_code   of the value of the dynamic map nearest to centred / nested_absmax
-    constant    what absmax comes back as
+    nested_absmax   the largest |constant - mean| among `constants`
+    absmax_code     of the value of the dynamic map nearest to (absmax - mean) / nested_absmax
+    absmax_back     what absmax comes back as: the map's value * nested_absmax + mean
     back        float32 (B,), what the weights come back as
     """
 
@@ -89,11 +89,11 @@ class BlockPath:
     normalised: np.ndarray
     codes: np.ndarray
     packed: np.ndarray
+    constants: np.ndarray
     mean: np.float32
-    centred: np.float32
     nested_absmax: np.float32
-    constant_code: int
-    constant: np.float32
+    absmax_code: int
+    absmax_back: np.float32
     back: np.ndarray
 
 
@@ -105,20 +105,21 @@ def block_path(w: np.ndarray, block: int = 0, block_size: int = 64) -> BlockPath
     q = quantize(w, block_size=block_size, double_quant=False)
     check("block", block, whole(0, q.size // block_size - 1))
     absmax8, nested_absmax, mean = quantize_constants(q.absmax)  # (blocks,), (blocks / 256,), a number
-    constants = dequantize_blockwise(absmax8, nested_absmax, DYNAMIC, NESTED_BLOCK) + mean  # (blocks,)
+    absmax_back = dequantize_blockwise(absmax8, nested_absmax, DYNAMIC, NESTED_BLOCK) + mean  # (blocks,)
     start, stop, absmax = block * block_size, (block + 1) * block_size, q.absmax[block]
     weights = w.reshape(-1)[start:stop].astype(np.float32)  # (B,)
     packed = q.packed[start // 2 : stop // 2]  # (B/2,)
+    above = block // NESTED_BLOCK  # the block of the second level that holds absmax
     return BlockPath(
         weights=weights,
         absmax=absmax,
         normalised=weights * (1 / np.maximum(absmax, TINY)),
         codes=np.stack([packed >> 4, packed & 15], axis=1).reshape(-1),  # (B/2, 2) -> (B,)
         packed=packed,
+        constants=q.absmax[above * NESTED_BLOCK : (above + 1) * NESTED_BLOCK],
         mean=mean,
-        centred=absmax - mean,
-        nested_absmax=nested_absmax[block // NESTED_BLOCK],
-        constant_code=int(absmax8[block]),
-        constant=constants[block],
-        back=dequantize(replace(q, absmax=constants)).reshape(-1)[start:stop],
+        nested_absmax=nested_absmax[above],
+        absmax_code=int(absmax8[block]),
+        absmax_back=absmax_back[block],
+        back=dequantize(replace(q, absmax=absmax_back)).reshape(-1)[start:stop],
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
+from .bit_budget import bit_budget_figure, budgets
 from .methods import method_bytes, methods_figure
+from .path import bundled_block, path_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +21,15 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "methods.svg": (
         "One linear layer in training: full fine-tuning, LoRA and QLoRA, what is frozen and what is trained, in bytes.",
         lambda facts: methods_figure(method_bytes()),
+    ),
+    "path.svg": (
+        "64 weights of the bundled base on their way through NF4, packing and double quantisation, and back.",
+        lambda facts: path_figure(bundled_block()),
+    ),
+    "bit_budget.svg": (
+        "Where the 4.127 bits of a double-quantised parameter go, beside 4.5 without, 16 and 32 (a matrix of 4096 x "
+        "4096, to scale).",
+        lambda facts: bit_budget_figure(budgets()),
     ),
 }
 

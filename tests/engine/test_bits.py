@@ -97,10 +97,13 @@ def test_a_block_s_path_is_what_the_engine_does(block, block_size):
     np.testing.assert_array_equal(path.codes, nearest(path.normalised, NF4))
     np.testing.assert_array_equal(path.packed, path.codes[0::2] << 4 | path.codes[1::2])
     np.testing.assert_array_equal(path.packed, q.packed[here.start // 2 : here.stop // 2])
-    assert path.centred == path.absmax - path.mean
-    assert path.constant_code == nearest(np.array([path.centred / path.nested_absmax]), DYNAMIC)[0]
-    assert path.constant == DYNAMIC[path.constant_code] * path.nested_absmax + path.mean
-    np.testing.assert_array_equal(path.back, NF4[path.codes] * path.constant)
+    constants = quantize(w, block_size=block_size, double_quant=False).absmax[block // 256 * 256 :][:256]
+    np.testing.assert_array_equal(path.constants, constants)
+    assert path.absmax == constants[block % 256]
+    assert path.nested_absmax == abs(constants - path.mean).max()
+    assert path.absmax_code == nearest(np.array([(path.absmax - path.mean) / path.nested_absmax]), DYNAMIC)[0]
+    assert path.absmax_back == DYNAMIC[path.absmax_code] * path.nested_absmax + path.mean
+    np.testing.assert_array_equal(path.back, NF4[path.codes] * path.absmax_back)
     np.testing.assert_array_equal(path.back, dequantize(q).reshape(-1)[here])
 
 
@@ -108,7 +111,7 @@ def test_a_block_of_zeros_has_a_path():
     w = np.zeros((2, 64), np.float32)
     w[0] = 1
     path = block_path(w, 1)
-    assert (path.absmax, path.mean, path.centred) == (0, 0.5, -0.5)
+    assert (path.absmax, path.mean, path.nested_absmax) == (0, 0.5, 0.5)
     assert (path.codes == 7).all()
     assert (path.back == 0).all()
 
