@@ -53,7 +53,7 @@ def bit_budget_figure(held: Mapping[str, Mapping[str, float]]) -> Figure:
     one, two = sum(held[ONE].values()), sum(held[TWO].values())
     room = one - 4  # for the text on the right of a bar
     zoom.set(xlim=(4, one + 0.14 * room), ylim=(3.0, -0.5), xlabel="bits a parameter: what comes on top of 4, enlarged")
-    zoom.xaxis.set_major_locator(MaxNLocator(5))
+    zoom.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     zoom.text(4, 0, f"  float32 constants {one - 4:.3g}", va="center", color="white", weight="bold")
     sources = {"8-bit constants": 4 + held[TWO]["constants"] / 2, "second-level constants": two, "mean": two}
     for i, (text, x) in enumerate(sources.items()):

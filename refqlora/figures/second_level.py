@@ -56,7 +56,7 @@ def trade_figure(curves: Mapping[str, Sequence[tuple[int, float, float]]]) -> Fi
     for size, bit, error in next(iter(curves.values())):
         axes.annotate(f"{size:,}", (bit, error), (7, 5), textcoords="offset points")
     axes.set(xlabel="bits a parameter", ylabel="relative error of the weights")
-    axes.set_title("What the bits of the constants buy (32 to 1,024: block sizes)")
+    axes.set_title("What constants buy (numbers: block sizes)")
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.grid()
