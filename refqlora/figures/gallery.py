@@ -13,11 +13,13 @@ from ..backend import Array
 from ..files.hub import BUNDLED
 from ..files.reading import read_json
 from ..quantization_error import error_by_bits
+from .bit_budget import bit_budget_figure, budgets
 from .blocks import block_errors, blocks_figure
 from .codebooks import codebooks_figure, four_bit_codebooks
 from .error_bits import error_bits_figure
 from .methods import method_bytes, methods_figure
 from .nf4 import nf4_figure, nf4_quantiles
+from .path import bundled_block, path_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +73,15 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
         "The error of a weight matrix of the bundled base in NF4 against the block size, without an outlier and beside "
         "one of 30 root mean squares.",
         lambda facts: outlier_figure(),
+    ),
+    "path.svg": (
+        "64 weights of the bundled base on their way through NF4, packing and double quantisation, and back.",
+        lambda facts: path_figure(bundled_block()),
+    ),
+    "bit_budget.svg": (
+        "Where the 4.127 bits of a double-quantised parameter go, beside 4.5 without, 16 and 32 (a matrix of 4096 x "
+        "4096, to scale).",
+        lambda facts: bit_budget_figure(budgets()),
     ),
 }
 
