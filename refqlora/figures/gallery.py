@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.reading import read_json
+from .backward import backward_figure
 from .methods import method_bytes, methods_figure
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "methods.svg": (
         "One linear layer in training: full fine-tuning, LoRA and QLoRA, what is frozen and what is trained, in bytes.",
         lambda facts: methods_figure(method_bytes()),
+    ),
+    "backward.svg": (
+        "The backward pass of a decoder layer: the shapes, what is kept for it, and which parts get gradients.",
+        lambda facts: backward_figure(),
     ),
 }
 

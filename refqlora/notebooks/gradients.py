@@ -42,18 +42,18 @@ def numeric_gradient(f: Callable[[Array], Any], x: Array, h: float = STEP, formu
     return gradient
 
 
-def gradient_error(numeric: Array, gradient: Array) -> float:
+def gradient_error(expected: Array, gradient: Array) -> float:
     """The largest difference over all elements, each relative to its own size or, where that is smaller, to the root
-    mean square of `numeric`: an element near zero is not asked for more digits than there are.
+    mean square of `expected`: an element near zero is not asked for more digits than there are.
 
-    Raises ValueError if the shapes differ, and if `numeric` is zero everywhere, as then nothing is checked.
+    Raises ValueError if the shapes differ, and if `expected` is zero everywhere, as then nothing is checked.
     """
-    if gradient.shape != numeric.shape:
-        raise ValueError(f"gradient: expected shape {numeric.shape}, got {gradient.shape}")
-    if not numeric.any():
+    if gradient.shape != expected.shape:
+        raise ValueError(f"gradient: expected shape {expected.shape}, got {gradient.shape}")
+    if not expected.any():
         raise ValueError("gradient: it is zero everywhere here, so nothing is checked: give other inputs")
-    size = np.maximum(np.maximum(abs(numeric), abs(gradient)), np.sqrt(np.mean(numeric**2)))
-    return float((abs(numeric - gradient) / size).max())
+    size = np.maximum(np.maximum(abs(expected), abs(gradient)), np.sqrt(np.mean(expected**2)))
+    return float((abs(expected - gradient) / size).max())
 
 
 def check_gradients(
