@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In inches.
-WIDTH, TALL = 5.8, 6.62  # of each half of the layer
-FOOT, PITCH, HEIGHT = 0.6, 1.04, 0.48  # of the lowest operation, between two, and of each
+WIDTH, TALL = 5.8, 6.5  # of each half of the layer
+FOOT, PITCH, HEIGHT = 0.55, 0.97, 0.44  # of the lowest operation, between two, and of each
 BOX, ADAPTER, RADIUS = (0.5, 1.9), 0.6, 0.25  # left and width of an operation; of its adapter; of the sum
 UP, DOWN, NOTES = 1.3, 1.65, 2.55  # where the arrows and the notes are
 
@@ -88,19 +88,21 @@ MLP = (
 def backward_figure() -> Figure:
     """A Llama's layer: its attention on the left, its MLP on the right. Solid arrows go up, forward; dashed ones come
     down, backward, each with a gradient of the same shape. Frozen weights are blue, adapters orange."""
-    figure, panels = canvas(2 * WIDTH, TALL - 0.1, columns=2)
+    figure, panels = canvas(2 * WIDTH, TALL, columns=2)
     halves = ("A decoder layer: attention ...", ATTENTION, "to the MLP"), ("... and MLP", MLP, "to the next layer")
     for axes, (title, steps, after) in zip(panels, halves, strict=True):
         blank(axes, WIDTH, TALL)
-        axes.set_title(title, fontsize=15)
+        axes.text(0, TALL, title, va="top", fontsize=15, weight="bold")
         y = FOOT
-        _arrows(axes, y - 0.5, y, STREAM)
+        _arrows(axes, 0.05, y, STREAM)
         for step in steps:
             _box(axes, y, step)
             _arrows(axes, y + HEIGHT, y + PITCH, step.output)
             y += PITCH
         _residual(axes, y, after)
     _legend(panels[1])
+    for text in (*panels[0].texts, *panels[1].texts):
+        text.set_in_layout(False)  # they fit the sheets, which would else be made smaller
     return figure
 
 
@@ -146,7 +148,7 @@ def _residual(axes: Axes, y: float, after: str) -> None:
     """The path around the operations, which is added at the height y, and what comes after it."""
     from matplotlib.patches import Circle
 
-    middle, top, foot = (UP + DOWN) / 2, y + 0.17, FOOT - 0.34
+    middle, top, foot = (UP + DOWN) / 2, y + 0.17, FOOT - 0.33
     axes.add_patch(Circle((middle, top), RADIUS, facecolor=PALE, edgecolor=INK, lw=1.2, zorder=3))
     axes.text(middle, top - 0.01, "+", ha="center", va="center", fontsize=17, weight="bold", zorder=4)
     _line(axes, [(UP, foot), (0.1, foot), (0.1, top), (middle - RADIUS, top)])
@@ -160,7 +162,7 @@ def _legend(axes: Axes) -> None:
     """What colours and lines mean, above the MLP, which has one operation less."""
     from matplotlib.patches import Rectangle
 
-    left, right, foot = 0.1, NOTES, FOOT + (len(MLP) + 1.32) * PITCH
+    left, right, foot = 0.1, NOTES, FOOT + (len(MLP) + 1.35) * PITCH
     for x, color, text in ((left, FROZEN, "frozen: no gradient"), (right, TRAINED, "trained: gradients dA, dB")):
         axes.add_patch(Rectangle((x, foot - 0.1), 0.35, 0.2, facecolor=color, edgecolor=INK, lw=1))
         axes.text(x + 0.45, foot, text, va="center")

@@ -25,18 +25,20 @@ def attention_by_definition(
     """
     q, k, v, factor = *cache[:3], cache[5]
     (_, t, heads, _), (b, s, kv_heads, h) = q.shape, k.shape
-    ks, vs = (x.repeat(heads // kv_heads, axis=2) for x in (k, v))  # (B, S, H, h)
+    ks, vs = (x.repeat(heads // kv_heads, axis=2) for x in (k, v))  # of each query head: (B, S, H, h)
     scores = np.einsum("bthi,bshi->bhts", q, ks) * factor  # (B, H, T, S)
     if mask:
         scores += np.triu(np.full((t, s), -np.inf), s - t + 1)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    dp = np.einsum("bthi,bshi->bhts", dy, vs)
-    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True)) * (factor if scale else 1)
-    dq = np.einsum("bhts,bshi->bthi", ds, ks)
-    dks, dvs = np.einsum("bhts,bthi->bshi", ds, q), np.einsum("bhts,bthi->bshi", p, dy)  # of each query head
-    dks, dvs = (x.reshape(b, s, kv_heads, -1, h)[:, :, :, : None if groups else 1] for x in (dks, dvs))
-    return dq, dks.sum(axis=3), dvs.sum(axis=3)
+
+    dp = np.einsum("bthi,bshi->bhts", dy, vs)  # y = p v
+    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))  # p = softmax(s)
+    ds *= factor if scale else 1
+    dq = np.einsum("bhts,bshi->bthi", ds, ks)  # s = q k^T * factor
+    dk, dv = np.einsum("bhts,bthi->bshi", ds, q), np.einsum("bhts,bthi->bshi", p, dy)  # of each query head
+    dk, dv = (x.reshape(b, s, kv_heads, -1, h) for x in (dk, dv))  # the last but one: the heads of a group
+    return (dq, dk.sum(axis=3), dv.sum(axis=3)) if groups else (dq, dk[:, :, :, 0], dv[:, :, :, 0])
 
 
 def rmsnorm_over_rows(dy: Array, cache: tuple) -> tuple[Array, Array]:
