@@ -14,6 +14,7 @@ from ..files.hub import BUNDLED
 from ..files.reading import read_json
 from ..quantization_error import error_by_bits
 from .anatomy import anatomy_figure
+from .backward import backward_figure
 from .bit_budget import bit_budget_figure, budgets
 from .blocks import block_errors, blocks_figure
 from .codebooks import codebooks_figure, four_bit_codebooks
@@ -92,6 +93,10 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
         "Where the 4.127 bits of a double-quantised parameter go, beside 4.5 without, 16 and 32 (a matrix of 4096 x "
         "4096, to scale).",
         lambda facts: bit_budget_figure(budgets()),
+    ),
+    "backward.svg": (
+        "The backward pass of a decoder layer: the shapes, what is kept for it, and which parts get gradients.",
+        lambda facts: backward_figure(),
     ),
 }
 
