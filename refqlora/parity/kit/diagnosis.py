@@ -12,7 +12,7 @@ import numpy as np
 from ..differences import differing, relative_difference
 from . import mistakes
 from .mistakes import BF16, HALF, TABLES, UNSIGNED
-from .tables import only_rounding, own_table
+from .tables import only_rounding, only_there, own_table
 
 F64 = np.float64
 LORA_BOUND = 1e-5  # relative to the largest element
@@ -162,7 +162,7 @@ def explain(trials: Sequence[Trial]) -> dict[int, str]:
     """{number of a trial that differs: the likely cause}, of one exact function.
 
     First tries causes that explain every call at once: one mistake, a table of the kernel's own, or two mistakes. Then
-    those that explain some of the calls, at least mostly; "" if nothing does.
+    those that explain some of the calls, at least mostly; then the place of what is wrong. "" if nothing fits.
     """
     different = [i for i, trial in enumerate(trials) if trial.wrong()]
     good = [i for i, trial in enumerate(trials) if trial.found and i not in different]
@@ -206,7 +206,8 @@ def _some(trials: Sequence[Trial], wrong: Sequence[int], known: list[Mistake]) -
             causes[i] = f"mostly this: {nearest}"
         else:
             causes[i] = ""
-    return causes
+    unknown = [i for i in wrong if not causes[i]]
+    return causes | dict.fromkeys(unknown, only_there([trials[i] for i in unknown]))
 
 
 def _plain(trial: Trial) -> bool:

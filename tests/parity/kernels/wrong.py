@@ -181,6 +181,18 @@ def in_halves(w, block_size):
     return halves(nearest(scaled, NF4)), absmax
 
 
+def stops_early(w, block_size):
+    packed, absmax = quantizer()(w, block_size)
+    packed[-1] = 0
+    return packed, absmax
+
+
+def first_only(packed, absmax, block_size, shape):
+    weights = dequantizer()(packed, absmax, block_size, shape)
+    weights.reshape(-1)[1::2] = 0.125
+    return weights
+
+
 def always_64(w, block_size):
     return quantizer()(w, 64)
 
@@ -303,6 +315,8 @@ KERNELS = {
     "a clamp, too": ({"quantize": quantizer(scale=clamped)}, "absmax is 1e-8 at least"),
     "subnormal numbers": ({"quantize": quantizer(read=flushing)}, "subnormal ones, are flushed to zero"),
     "halves": ({"quantize": in_halves}, "the first and the second half of the tensor"),
+    "the loop stops early": ({"quantize": stops_early}, "nothing is wrong except the last byte"),
+    "back, one of two": ({"dequantize": first_only}, "nothing is wrong except the second element of a byte"),
     "blocks of 64": ({"quantize": always_64}, "blocks of 64; they must be of block_size"),
     "two's complement": ({"quantize": quantizer(twos_complement)}, "numbered otherwise: 0 to 15 became 8, 9, 10, "),
     "two mistakes": ({"quantize": ties_up_and_swapped}, "a tie goes up; it must take the lower code; and the two"),
