@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..backend import Array
 from ..model import Model
@@ -29,3 +30,33 @@ def training_bytes(model: Model, grads: Mapping[str, Array], optimizer: AdamW) -
         "optimizer": optimizer.nbytes,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def cache_bytes(model: Model, cache: Mapping[str, Any]) -> dict[str, int]:
+    """{part: bytes} of what a forward keeps for its backward: `cache` is that of `model.forward`, or of one layer.
+
+    Each array is counted once, in the first part that has it, and a view as the array that it views. The model's own
+    weights and adapters are not counted: the cache only refers to them.
+    """
+    adapters = model.adapters.values()
+    weights = [model.params, *(a.params for a in adapters), *(a.residual for a in adapters)]
+    seen = {id(array) for array in _arrays(weights)}
+    parts = {}
+    for part, held in cache.items():
+        new = {id(array): array.nbytes for array in _arrays(held)}
+        parts[part] = sum(size for key, size in new.items() if key not in seen)
+        seen |= set(new)
+    return parts
+
+
+def _arrays(held: Any) -> Iterator[Any]:
+    """The arrays and quantised tensors in nested tuples, lists and dicts; for a view, what it is a view of."""
+    if isinstance(held, Mapping):
+        held = list(held.values())
+    if isinstance(held, list | tuple):
+        for one in held:
+            yield from _arrays(one)
+    elif hasattr(held, "nbytes"):
+        while hasattr(getattr(held, "base", None), "nbytes"):
+            held = held.base
+        yield held

@@ -16,7 +16,7 @@ import sysconfig
 import textwrap
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from .examples import Document, Example
@@ -45,26 +45,22 @@ def modules(held_out: bool) -> list[Document]:
     return [document for document in library if _is_held_out(document.name) == held_out]
 
 
-def docstring_examples(held_out: bool) -> list[Example]:
+def docstring_examples(held_out: bool, every: int = 1) -> list[Example]:
     """Functions and methods of the library: signatures as prompts, first lines of docstrings as completions.
 
     A prompt is `def name(...):` as in the source, but dedented and without comments, and a newline; its completion is
     four spaces, the line in triple quotes, and a newline. Signatures have at most 200 characters; lines have 10 to 100
     characters of ASCII that need no escapes. Each pair appears once, and no held-out prompt is also a training prompt.
+    every: of the training modules, take one in so many, for a quick look.
 
     Raises FileNotFoundError as `modules` does.
     """
-    training = documented_functions(modules(held_out=False))
+    training = _documented_functions(modules(held_out=False)[::every])
     if not held_out:
         return training
     prompts = {example.prompt for example in training}
-    examples = documented_functions(modules(held_out=True))
+    examples = _documented_functions(modules(held_out=True))
     return [example for example in examples if example.prompt not in prompts]
-
-
-def documented_functions(documents: Iterable[Document]) -> list[Example]:
-    """The examples of `docstring_examples` in these files of Python, in the order of the source, each once."""
-    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
 
 
 def language_reference(held_out: bool) -> list[Document]:
@@ -107,6 +103,11 @@ def _library(root: Path) -> Iterator[Document]:
             lines = [line for line in text.split("\n") if line.strip()]
             if 2 * sum(_TABLE_ROW.fullmatch(line) is not None for line in lines) < len(lines):
                 yield Document(".".join(parts).removesuffix(".__init__"), text)
+
+
+def _documented_functions(documents: list[Document]) -> list[Example]:
+    """The examples of `docstring_examples` in these files, in the order of the source, each once."""
+    return list(dict.fromkeys(example for document in documents for example in _examples(document.text)))
 
 
 @functools.cache  # parsing the library takes seconds, and held-out examples need the training ones too

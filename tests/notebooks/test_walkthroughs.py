@@ -32,7 +32,7 @@ def examined(name):
     for number, _, code in wrong_answers(name):
         notebook.cells.append(nbformat.v4.new_code_cell(code))
         notebook.cells.append(nbformat.v4.new_code_cell(notebook.cells[exercises[number - 1] + 1].source))
-    return walkthroughs.execute(notebook)
+    return walkthroughs.execute(notebook, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")  # as many kernels as cores run
 
 
 @pytest.fixture(scope="module")
