@@ -45,5 +45,6 @@ def domains_figure(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.tick_params(which="both", length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_ylabel("adapter")
-    figure.suptitle("Held-out loss in each domain, and its change from the base", x=0.02, ha="left", size=13, weight="bold")
+    title = "Held-out loss in each domain, and its change from the base"
+    figure.suptitle(title, x=0.02, ha="left", size=13, weight="bold")
     return figure

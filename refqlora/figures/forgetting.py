@@ -10,7 +10,7 @@ from . import INK, SERIES, canvas, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOOKS = {"full": (INK, "s"), "LoRA": (SERIES[0], "o"), "QLoRA": (SERIES[1], "D")}  # colour and marker
+LOOKS = {"full": (INK, "D"), "LoRA": (SERIES[0], "o"), "QLoRA": (SERIES[1], "s")}  # colour and marker
 OFF = "adapter off: nothing learnt or forgotten"
 
 
