@@ -36,7 +36,7 @@ def merging_figure(rows: Mapping[str, Mapping[str, float]]) -> Figure:
     right.hlines(y, losses[0], losses, color=colors, linewidth=3)
     right.scatter(losses, y, s=70, color=colors, zorder=3)
     right.axvline(losses[0], color=INK, linewidth=0.8, linestyle=":")
-    for axes, values, form in ((left, errors, "{:.2g}"), (right, losses, "{:.3f}")):
+    for axes, values, form in ((left, errors, "{:#.2g}"), (right, losses, "{:.3f}")):
         for i, value in enumerate(values):
             axes.annotate(form.format(value), (value, i), (9, 0), textcoords="offset points", va="center")
         axes.margins(x=0.2)

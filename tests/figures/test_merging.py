@@ -26,7 +26,7 @@ def test_the_distances_and_the_losses():
     np.testing.assert_array_equal(
         right.collections[-1].get_offsets(), [(ROWS[way]["loss"], i) for i, way in enumerate(NAMES)]
     )
-    assert [text.get_text() for text in left.texts] == ["0", "0", "0.025", "1.5", "0.75", "1"]
+    assert [text.get_text() for text in left.texts] == ["0.0", "0.0", "0.025", "1.5", "0.75", "1.0"]
     assert [text.get_text() for text in right.texts] == ["2.812", "2.812", "2.812", "2.750", "2.875", "3.500"]
 
 
