@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, pieces
 from .checks import check, check_array, number
 
 CHUNK = 2**17  # elements of the logits that cross_entropy handles at once: 512 KiB of float32 stay in the L2 cache
@@ -284,8 +284,8 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     rows = xp.flatnonzero(counted)  # those that count
     loss = 0.0
     step = max(1, CHUNK // vocabulary)  # rows at a time
-    for start in range(0, rows.size, step):
-        row = rows[start : start + step]  # (n,)
+    for start, stop in pieces(rows.size, step, xp):
+        row = rows[start:stop]  # (n,)
         label = labels.reshape(-1)[row]  # (n,)
         i = xp.arange(row.size)
         z = flat[row]  # (n, V)

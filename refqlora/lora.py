@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, uniform
 from .checks import check, check_array, number, shown
 from .quantization import QuantizedTensor, dequantize
 
@@ -55,7 +55,7 @@ def linear_forward(
     keep = z = dora = None
     if lora is not None:
         if rng is not None and lora.dropout > 0:
-            keep = xp.asarray(rng.random(rows.shape, np.float32) >= lora.dropout)  # (N, in)
+            keep = uniform(rng, rows) >= lora.dropout  # (N, in)
         dropped = _drop(rows, keep, lora)  # (N, in)
         if lora.magnitude is not None:
             norm = row_norms(w, lora)  # (out,)
