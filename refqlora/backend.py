@@ -28,10 +28,10 @@ def on_gpu(xp: ModuleType) -> bool:
 
 
 def pieces(n: int, size: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
-    """0..n in pieces (start, stop) of `size`, the last one shorter. Of hollow arrays the first piece stands for all: each
-    holds the same bytes, one after the other."""
+    """0..n in pieces (start, stop) of `size`, the last one shorter. Of hollow arrays the first two stand for all: each
+    holds the same bytes, and what one leaves in its variables lies beside the next."""
     if xp.__name__ == "hollow":
-        n = min(n, size)
+        n = min(n, 2 * size)
     return ((start, min(start + size, n)) for start in range(0, n, max(size, 1)))
 
 

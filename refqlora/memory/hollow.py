@@ -281,6 +281,7 @@ def _split(x: Hollow, at: Sequence[int], axis: int = 0) -> list[Hollow]:
 
 
 def _take(x: Any, index: Any, out: Any = None, mode: str = "raise") -> Hollow:
+    index = index.astype(np.intp, copy=False)  # as NumPy does before it begins
     return hollow((*index.shape, *x.shape[1:]), x.dtype) if out is None else out
 
 
