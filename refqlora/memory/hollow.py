@@ -21,32 +21,41 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.lib.stride_tricks import as_strided
 
 _PACKAGE = str(Path(__file__).parents[1])
+_OUTER = {"layer_forward", "layer_backward", "decoder_forward", "decoder_backward", "loss_and_gradients"}
 _NOTHING = np.zeros(1, np.complex128)  # what every skeleton pretends to view; it is never read
+
+
+class Made(NamedTuple):
+    """A buffer: its shape and dtype, and the engine's functions that were being run when it was made."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    functions: tuple[str, ...]
 
 
 class Record:
     """What was allocated and freed, in order.
 
-    events: (buffer's number, bytes): positive when it was allocated, negative when it was freed. sites: for each buffer
-    the engine's function that made it, its shape and dtype.
+    events: (buffer's number, bytes): positive when it was allocated, negative when it was freed.
     """
 
     def __init__(self) -> None:
         self.events: list[tuple[int, int]] = []
-        self.sites: list[tuple[str, tuple[int, ...], np.dtype]] = []
+        self.buffers: list[Made] = []
         self.live = 0
         self.peak = 0
 
     def add(self, shape: tuple[int, ...], dtype: np.dtype, nbytes: int) -> int:
-        number = len(self.sites)
-        self.sites.append((_site(), shape, dtype))
+        number = len(self.buffers)
+        self.buffers.append(Made(shape, dtype, _functions()))
         self.events.append((number, nbytes))
         self.live += nbytes
         self.peak = max(self.peak, self.live)
@@ -70,15 +79,16 @@ def recording() -> Iterator[Record]:
         _records.pop()
 
 
-def _site() -> str:
-    """The name of the engine's function that is being run."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        name, path = frame.f_code.co_name, frame.f_code.co_filename
-        if name[0] not in "_<" and path.startswith(_PACKAGE) and path != __file__:
-            break
+def _functions() -> tuple[str, ...]:
+    """The engine's functions that are being run, from the inside out, up to the layer or the decoder."""
+    names: list[str] = []
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and not (names and names[-1] in _OUTER):
+        code = frame.f_code
+        if code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:
+            names.append(code.co_name)
         frame = frame.f_back
-    return frame.f_code.co_name
+    return tuple(names)
 
 
 class _Buffer:
