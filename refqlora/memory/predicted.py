@@ -11,9 +11,10 @@ from ..optim import AdamW
 from ..quantization import QuantizedTensor
 from .hollow import Made, Record, recording
 from .ledger import CATEGORIES, Entry, Ledger, training_bytes, weight_category
-from .observed import Kept, Observed, kept_arrays
+from .observed import Observed, kept_arrays
 from .setup import Setup
 
+Kept = dict[tuple[str, str], list[int]]  # (operation, what of it): the numbers of the buffers, one a layer
 _FUNCTIONS = {  # the category of what these functions allocate
     "dequantize": "dequantised",
     "attention_forward": "attention",
@@ -38,8 +39,9 @@ def predict(setup: Setup) -> Ledger:
     kept: Kept = {}
     moments: dict[str, int] = {}
 
-    def look(cache: dict) -> None:
-        kept.update(kept_arrays(model, cache))
+    def look(cache: dict) -> None:  # only the buffers' numbers are noted: what holds a buffer keeps it alive
+        for what, buffers in kept_arrays(model, cache).items():
+            kept[what] = [buffer.number for buffer in buffers]
         moments["backward"] = len(record.events)
 
     with recording() as record:
@@ -50,7 +52,7 @@ def predict(setup: Setup) -> Ledger:
         grads = setup.step(model, optimizer, tokens, labels)
         peak = record.peak
         held = training_bytes(model, grads, optimizer)
-        roles = {buffer.number: "activations" for arrays in kept.values() for buffer in arrays}
+        roles = {number: "activations" for numbers in kept.values() for number in numbers}
         roles |= {g.buffer.number: "gradients" for g in grads.values()}
     return Ledger(tuple(_entries(setup, model, kept, record)), peak, _at_peak(record, roles, moments, held))
 
@@ -105,10 +107,10 @@ def _entries(setup: Setup, model: Model, kept: Kept, record: Record) -> Iterator
     yield Entry("gradients", "of each", f"{size} · {symbol}", f"{size} · {trained:,}", size * trained)
     rows = setup.batch * setup.seq
     yield Entry("batch", "tokens and labels", "2 · 8 · B T", f"2 · 8 · {rows:,}", 16 * rows)
-    for (operation, what), buffers in kept.items():
+    for (operation, what), numbers in kept.items():
         alike: dict[tuple[tuple[int, ...], int], int] = {}
-        for buffer in buffers:
-            made = record.buffers[buffer.number]
+        for number in numbers:
+            made = record.buffers[number]
             key = made.shape, made.dtype.itemsize
             alike[key] = alike.get(key, 0) + 1
         for (shape, itemsize), count in alike.items():
