@@ -13,6 +13,7 @@ Begin with minimal.py, QLoRA on one page. Then the engine, from the ground up: e
 
     backend, checks, reprs                                    NumPy or CuPy, input checked, tables in notebooks
     codebooks, blockwise, quantization, quantization_error    4 bits
+    bits                                                      where each of them goes
     functional, attention, rope, lora                         the operations, each forward beside its backward
     architectures, config, patterns, lora_config              which parts a model has, and which of them adapters sit on
     adapters, adapter_sums                                    adapters made, put onto a model, combined

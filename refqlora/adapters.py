@@ -173,7 +173,8 @@ def adapter_from_file(
     linears = list(linears)
     with _naming(where):
         chosen = config.matches(linears)
-    check_shapes(params, adapter_shapes(config, chosen, weights), where)
+    shapes = adapter_shapes(config, chosen, weights)
+    check_shapes(params, shapes, where)
     with _naming(where):
         made = _started(config, chosen, weights, dtype) if config.changes_base else Adapter(config, {})
     said = config.idle(linears)

@@ -36,10 +36,11 @@ def pieces(n: int, size: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
 
 
 def uniform(rng: np.random.Generator, like: Array) -> Array:
-    """Uniform random numbers from 0 to below 1, float32, of the shape of `like` and on its device: the same ones on every
-    device."""
+    """Uniform random numbers from 0 to below 1, float32, of the shape of `like` and on its device; the same on each."""
     xp = array_module(like)
-    return xp.empty(like.shape, np.float32) if xp.__name__ == "hollow" else xp.asarray(rng.random(like.shape, np.float32))
+    if xp.__name__ == "hollow":
+        return xp.empty(like.shape, np.float32)
+    return xp.asarray(rng.random(like.shape, np.float32))
 
 
 def cores() -> int:

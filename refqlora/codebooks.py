@@ -21,11 +21,16 @@ def _derived_once(derive: Callable[..., np.ndarray]) -> Callable[..., np.ndarray
     @functools.cache
     @functools.wraps(derive)
     def derived(*args: object, **kwargs: object) -> np.ndarray:
-        values = derive(*args, **kwargs).astype(np.float32)
-        values.flags.writeable = False
-        return values
+        return _shared(derive(*args, **kwargs))
 
     return derived
+
+
+def _shared(values: np.ndarray) -> np.ndarray:
+    """float32, read-only."""
+    values = values.astype(np.float32)
+    values.flags.writeable = False
+    return values
 
 
 def _linspace(start: float, stop: float, n: int) -> np.ndarray:
@@ -42,15 +47,9 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
 def normal_float(bits: int = 4) -> np.ndarray:
     """NormalFloat: quantiles of N(0, 1), scaled to [-1, 1] and sorted. (2^bits,) float32.
 
-    The probabilities run evenly from p down to 1/2, which is left out. 2^(bits-1) of them give the positive
-    values, 2^(bits-1) - 1, more widely spaced, the negative ones, and 0 completes the 2^bits. The quantile of 1
-    is infinite, so p stops short of it by half a step of an even split of [0, 1]: the mean of the half steps for
-    2^bits and for 2^bits - 1 values,
-
-        p = 1 - (1 / (2 * 2^bits) + 1 / (2 * (2^bits - 1))) / 2        rounded to seven decimals.
-
-    For 4 bits the result equals bitsandbytes' create_normal_map bit for bit, where p is the literal 0.9677083. The
-    rounding matters: p unrounded is another float32, which moves 12 of the 16 values. Other widths are our
+    The probabilities run evenly from p = `outermost_probability(bits)` down to 1/2, which is left out. 2^(bits-1)
+    of them give the positive values, 2^(bits-1) - 1, more widely spaced, the negative ones, and 0 completes the
+    2^bits. For 4 bits the result equals bitsandbytes' create_normal_map bit for bit. Other widths are our
     generalisation. QLoRA (arXiv 2305.14314) describes the type in section 3; its equation 4, taken literally, is
     infinite at the ends.
 
@@ -63,9 +62,19 @@ def normal_float(bits: int = 4) -> np.ndarray:
     return _normal_float(bits)
 
 
+def outermost_probability(bits: int = 4) -> float:
+    """The probability whose quantile NormalFloat scales to 1. For 4 bits it is bitsandbytes' literal 0.9677083.
+
+    The quantile of 1 is infinite, so the probability stops short of 1 by half a step of an even split of [0, 1]: by
+    the mean of the half steps for 2^bits and for 2^bits - 1 values. It is rounded to seven decimals, which matters:
+    unrounded it is another float32, which moves 12 of NF4's 16 values.
+    """
+    return round(1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2, 7)
+
+
 @_derived_once
 def _normal_float(bits: int) -> np.ndarray:
-    p = round(1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2, 7)
+    p = outermost_probability(bits)
     above = ndtri(_linspace(p, 0.5, 2 ** (bits - 1) + 1)[:-1].astype(np.float64))  # (2^(bits-1),)
     below = -ndtri(_linspace(p, 0.5, 2 ** (bits - 1))[:-1].astype(np.float64))  # (2^(bits-1) - 1,)
     values = np.sort(np.concatenate([below, [0.0], above])).astype(np.float32)
@@ -87,13 +96,39 @@ def fp4() -> np.ndarray:
     return (1 - 2 * sign) * size / 12 + 0.0  # adding 0.0 turns -0.0 into 0.0
 
 
-@_derived_once
-def int4() -> np.ndarray:
-    """Even spacing: the integers -8 to 7, divided by 7. (16,) float32.
+def small_float(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """A float of few bits, without infinities and NaNs, by code: sign, exponent e, mantissa m. (2^bits,) float32.
 
-    Absmax scaling sends the largest weight to 7 or -7, as is usual for symmetric int4, so code 0 is never chosen.
+        e = 0:  2m / 2^mantissa_bits        otherwise:  (1 + m / 2^mantissa_bits) * 2^e
+
+    all divided by the largest. The codes with the sign bit have the negatives, so there is a second zero.
+    small_float(2, 1) is E2M1 and small_float(3, 0) is E3M0, with which QLoRA (arXiv 2305.14314, table 2) compares NF4.
+
+        >>> small_float(2, 1)[:8] * 6
+        array([0. , 0.5, 1. , 1.5, 2. , 3. , 4. , 6. ], dtype=float32)
+
+    Raises ValueError unless there is an exponent bit and all bits are 2 to 8.
     """
-    return np.arange(-8, 8) / 7
+    check("exponent_bits", exponent_bits, whole(1, 7))
+    check("mantissa_bits", mantissa_bits, whole(0, 7 - exponent_bits))
+    code = np.arange(2 ** (1 + exponent_bits + mantissa_bits))
+    sign, e = code >> exponent_bits + mantissa_bits, code >> mantissa_bits & 2**exponent_bits - 1
+    m = (code & 2**mantissa_bits - 1) / 2**mantissa_bits
+    size = np.where(e == 0, 2 * m, (1 + m) * 2.0**e)
+    return _shared((1 - 2 * sign) * size / size.max() + 0.0)  # adding 0.0 turns -0.0 into 0.0
+
+
+def integers(bits: int = 4) -> np.ndarray:
+    """Even spacing: the integers -2^(bits-1) to 2^(bits-1) - 1, divided by the last: (2^bits,) float32.
+
+    Absmax scaling sends the largest weight to the last or its negative, as is usual for symmetric integers, so code 0
+    is never chosen. Of 4 bits: -8 to 7, divided by 7.
+
+    Raises ValueError unless bits is 2 to 8.
+    """
+    check("bits", bits, whole(2, 8))
+    last = 2 ** (bits - 1) - 1
+    return _shared(np.arange(-last - 1, last + 1) / last)
 
 
 @_derived_once
@@ -117,7 +152,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
 
 NF4 = normal_float(4)
 FP4 = fp4()
-INT4 = int4()
+INT4 = integers(4)
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}  # those of 4 bits, by the names that options take
 DYNAMIC = dynamic_map(signed=True)
 

@@ -48,7 +48,6 @@ def linear_forward(
     W + s B A. With dropout, as in PEFT, v is computed from dropout(x), and
     y = x W^T - dropout(x) W^T + v m/norm + bias.
     """
-    xp = array_module(x)
     rows = x.reshape(-1, x.shape[-1])  # (N, in): one matrix product, not B of them
     w = dense(weight, x.dtype)
     y = rows @ w.T  # (N, out)

@@ -63,11 +63,11 @@ def answered(notebook):
     return notebook
 
 
-def execute(notebook):
+def execute(notebook, **settings):
     """Run every cell in a fresh kernel, in an empty directory and without the network; -> the notebook with outputs,
-    without what widgets leave behind. Raises nbclient's CellExecutionError for a cell that fails."""
+    without what widgets leave behind. settings: of the kernel's environment. Raises nbclient's CellExecutionError for a
+    cell that fails."""
     notebook = copy.deepcopy(notebook)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as directory:
         NotebookClient(
             notebook,
@@ -76,7 +76,7 @@ def execute(notebook):
             store_widget_state=False,
             record_timing=False,
             resources={"metadata": {"path": directory}},
-        ).execute()
+        ).execute(env={**os.environ, "HF_HUB_OFFLINE": "1", **settings})
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -50,9 +50,12 @@ def bundled(quantize: str | None = None) -> tuple[Model, Tokenizer, int]:
     return model, load_tokenizer(BUNDLED), model.config.ends[0]
 
 
-def docstring_task(tokenizer: Tokenizer, eos_id: int) -> tuple[Dataset, Dataset]:
-    """(training, held-out): signature -> first line of the docstring, the loss on the docstring only."""
-    examples = (corpus.docstring_examples(held_out) for held_out in (False, True))
+def docstring_task(tokenizer: Tokenizer, eos_id: int, every: int = 1) -> tuple[Dataset, Dataset]:
+    """(training, held-out): signature -> first line of the docstring, the loss on the docstring only.
+
+    every: of the modules to train on, take one in so many.
+    """
+    examples = (corpus.docstring_examples(held_out, every) for held_out in (False, True))
     train_set, held_out = (tokenize_examples(list(e), tokenizer, MAX_LENGTH, eos_id) for e in examples)
     return train_set, held_out
 

@@ -28,10 +28,10 @@ def method_bytes(size: int = SIZE, rank: int = RANK) -> dict[str, dict[str, int]
 
 
 @styled
-def methods_figure(held: Mapping[str, Mapping[str, int]]) -> Figure:
+def methods_figure(held: Mapping[str, Mapping[str, int]], rank: int = RANK) -> Figure:
     """One linear layer in training: what is trained is orange, what is frozen blue, and the bars are the bytes.
 
-    held: those of `method_bytes`, for an adapter of rank RANK.
+    held: those of `method_bytes`. rank: the adapter's.
     """
     from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
@@ -67,7 +67,7 @@ def methods_figure(held: Mapping[str, Mapping[str, int]]) -> Figure:
                 corners = [(7.6 - below, low), (7.6 + below, low), (7.6 + above, low + 1.5), (7.6 - above, low + 1.5)]
                 axes.add_patch(Polygon(corners, facecolor=TRAINED, edgecolor=INK))
                 axes.text(7.6, low + 0.75, name, ha="center", va="center", fontsize=13, color="white", weight="bold")
-            axes.text(9.25, 5.9, f"r = {RANK}", ha="center", va="center", fontsize=11, color=INK)
+            axes.text(9.25, 5.9, f"r = {rank}", ha="center", va="center", fontsize=11, color=INK)
             arrow((5.2, 3.3), (7.6, 4.3))
             arrow((x, 7.5), (4.75, 8.4))
             arrow((7.6, 7.5), (5.25, 8.4))

@@ -1,5 +1,5 @@
-"""Hollow arrays: they have a shape and a dtype but no numbers. The engine runs on them as on NumPy's, and every byte that
-it would hold is counted, at the moment it would be allocated and until it would be freed.
+"""Hollow arrays: they have a shape and a dtype but no numbers. The engine runs on them as on NumPy's, and every byte
+that it would hold is counted, from the moment it would be allocated until it would be freed.
 
 So the memory of a step is predicted by the code that takes the step: there is no second description of it to keep in
 agreement, a model of 70 billion parameters needs no memory, and what is freed when is Python's own doing. What a hollow
@@ -10,16 +10,18 @@ array knows of its layout is a NumPy array without memory behind it (`skeleton`)
         y = x @ x.T
     record.live                                  # 128 MiB: x and y
 
-Integers and booleans may have values (tokens, labels, which of them count); what is computed from values alone has them
-too. A number that does not exist reads as 1 and is true, so that checks for NaN pass.
+An array may have one value that all of its elements share, as tokens and labels do; what is computed from such values
+alone has one too. Any other number reads as 1, and is finite, so that checks for NaN pass.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -27,6 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.lib.stride_tricks import as_strided
+
+from ..model import Model
+from ..quantization import QuantizedTensor
 
 _PACKAGE = str(Path(__file__).parents[1])
 _OUTER = {"layer_forward", "layer_backward", "decoder_forward", "decoder_backward", "loss_and_gradients"}
@@ -107,12 +112,12 @@ class _Buffer:
 
 
 class Hollow(NDArrayOperatorsMixin):
-    """An array of a shape and dtype, without numbers unless `value` has them."""
+    """An array of a shape and dtype, without numbers, or with one `value` in every place."""
 
     __slots__ = ("buffer", "skeleton", "value")
     array_module: Any  # set below, to HOLLOW
 
-    def __init__(self, buffer: _Buffer, skeleton: np.ndarray, value: np.ndarray | None = None) -> None:
+    def __init__(self, buffer: _Buffer, skeleton: np.ndarray, value: Any = None) -> None:
         self.buffer, self.skeleton, self.value = buffer, skeleton, value
 
     shape = property(lambda self: self.skeleton.shape)
@@ -121,7 +126,7 @@ class Hollow(NDArrayOperatorsMixin):
     size = property(lambda self: self.skeleton.size)
     nbytes = property(lambda self: self.skeleton.nbytes)
     flags = property(lambda self: self.skeleton.flags)
-    T = property(lambda self: self._view(self.skeleton.T, lambda v: v.T))
+    T = property(lambda self: self._view(self.skeleton.T))
 
     def __len__(self) -> int:
         return len(self.skeleton)
@@ -129,47 +134,44 @@ class Hollow(NDArrayOperatorsMixin):
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
-    def _view(self, skeleton: np.ndarray, change: Callable[[np.ndarray], Any]) -> Hollow:
-        return Hollow(self.buffer, skeleton, None if self.value is None else change(self.value))
+    def _view(self, skeleton: np.ndarray) -> Hollow:
+        return Hollow(self.buffer, skeleton, self.value)
 
     # ---- layout: views where NumPy makes views ----
 
     def reshape(self, *shape: Any) -> Hollow:
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         try:
-            skeleton = np.reshape(self.skeleton, shape, copy=False)
+            return self._view(np.reshape(self.skeleton, shape, copy=False))
         except ValueError:
-            if math.prod(n for n in shape if n != -1) in (0, self.size) or -1 in shape:
-                copied = hollow(self.shape, self.dtype, self.value)
-                return copied.reshape(*shape)
-            raise
-        return self._view(skeleton, lambda v: v.reshape(shape))
+            if self.flags.c_contiguous:  # the shape does not fit
+                raise
+            return self.copy().reshape(shape)
 
     def transpose(self, *axes: int) -> Hollow:
-        return self._view(self.skeleton.transpose(*axes), lambda v: v.transpose(*axes))
+        return self._view(self.skeleton.transpose(*axes))
 
     def swapaxes(self, a: int, b: int) -> Hollow:
-        return self._view(self.skeleton.swapaxes(a, b), lambda v: v.swapaxes(a, b))
+        return self._view(self.skeleton.swapaxes(a, b))
 
     def view(self, dtype: Any) -> Hollow:
-        return self._view(self.skeleton.view(dtype), lambda v: v.view(dtype))
+        return self._view(self.skeleton.view(dtype))
 
     def astype(self, dtype: Any, copy: bool = True) -> Hollow:
-        if not copy and self.dtype == dtype:
-            return self
-        return hollow(self.shape, dtype, None if self.value is None else self.value.astype(dtype))
+        return self if not copy and self.dtype == dtype else hollow(self.shape, dtype, self.value)
 
     def copy(self) -> Hollow:
         return self.astype(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(part, Hollow | np.ndarray) for part in parts):
-            return hollow(*_gathered(self, parts))
+        if any(isinstance(part, Hollow | np.ndarray) for part in parts):  # arrays index the first axes
+            shape = np.broadcast_shapes(*(part.shape for part in parts))
+            return hollow((*shape, *self.shape[len(parts) :]), self.dtype, self.value)
         skeleton = self.skeleton[index]
-        if not isinstance(skeleton, np.ndarray):  # one element
-            return self.dtype.type(1) if self.value is None else self.value[index]
-        return self._view(skeleton, lambda v: v[index])
+        if isinstance(skeleton, np.ndarray):
+            return self._view(skeleton)
+        return self.dtype.type(1 if self.value is None else self.value)
 
     def __setitem__(self, index: Any, value: object) -> None:
         pass  # what is computed beforehand is counted where it is computed
@@ -189,16 +191,16 @@ class Hollow(NDArrayOperatorsMixin):
         return self._reduced(np.min, axis, keepdims, self.dtype)
 
     def any(self) -> bool:
-        return self.value is not None and bool(self.value.any())
+        return bool(self.value)
 
     def all(self) -> bool:
-        return self.value is None or bool(self.value.all())
+        return self.value is None or bool(self.value)
 
     def _reduced(self, function: Callable[..., Any], axis: Any, keepdims: bool, dtype: Any) -> Any:
-        if self.value is not None:
-            return function(self.value, axis=axis, keepdims=keepdims)
         if axis is None:
-            return np.dtype(dtype).type(1)
+            if self.value is None:
+                return np.dtype(dtype).type(1)
+            return self.value * self.size if function is np.sum else self.value
         gone = axis % self.ndim
         shape = [1 if i == gone else n for i, n in enumerate(self.shape) if keepdims or i != gone]
         return hollow(tuple(shape), dtype)
@@ -214,13 +216,11 @@ class Hollow(NDArrayOperatorsMixin):
             return out[0]
         if ufunc is np.matmul:
             return hollow(_product_shape(*inputs), np.result_type(*(x.dtype for x in inputs)))
-        values = [_value(x) for x in inputs]
-        if all(value is not None for value in values):
-            value = np.asarray(ufunc(*values))
-            return hollow(value.shape, value.dtype, value)
+        values = [x.value if isinstance(x, Hollow) else x if np.ndim(x) == 0 else None for x in inputs]
+        value = None if any(value is None for value in values) else ufunc(*values)
         kinds = tuple(type(x) if isinstance(x, bool | int | float) else x.dtype for x in inputs)
         dtype = ufunc.resolve_dtypes((*kinds, *[None] * ufunc.nout))[-1]
-        return hollow(np.broadcast_shapes(*(getattr(x, "shape", ()) for x in inputs)), dtype)
+        return hollow(np.broadcast_shapes(*(getattr(x, "shape", ()) for x in inputs)), dtype, value)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if function not in _FUNCTIONS:
@@ -234,8 +234,8 @@ class Hollow(NDArrayOperatorsMixin):
         return 1.0
 
 
-def hollow(shape: tuple[int, ...], dtype: Any, value: np.ndarray | None = None) -> Hollow:
-    """A new hollow array, C-contiguous, whose bytes count from now on."""
+def hollow(shape: tuple[int, ...], dtype: Any, value: Any = None) -> Hollow:
+    """A new hollow array, C-contiguous, whose bytes count from now on; `value` is that of every element."""
     shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
     strides, step = [], dtype.itemsize
     for n in reversed(shape):
@@ -245,15 +245,25 @@ def hollow(shape: tuple[int, ...], dtype: Any, value: np.ndarray | None = None) 
     return Hollow(_Buffer(shape, dtype), as_strided(nothing, shape, tuple(reversed(strides))), value)
 
 
-def _value(x: Any) -> Any:
-    return x.value if isinstance(x, Hollow) else x
+def hollow_like(model: Model) -> Model:
+    """The model with its adapters, each array hollow."""
 
+    def like(weight: Any) -> Any:
+        if isinstance(weight, QuantizedTensor):
+            nested = None if weight.nested_absmax is None else as_hollow(weight.nested_absmax)
+            return replace(
+                weight, packed=as_hollow(weight.packed), absmax=as_hollow(weight.absmax), nested_absmax=nested
+            )
+        return as_hollow(weight)
 
-def _gathered(x: Hollow, index: tuple[Any, ...]) -> tuple[tuple[int, ...], np.dtype, np.ndarray | None]:
-    """Shape, dtype and, if they are known, values of x[index], where arrays index the first axes."""
-    shapes = [(int(part.value.sum()),) if part.dtype == bool else part.shape for part in index]
-    value = None if x.value is None else x.value[tuple(_value(part) for part in index)]
-    return (*np.broadcast_shapes(*shapes), *x.shape[len(index) :]), x.dtype, value
+    def all_like(weights: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: like(weight) for name, weight in weights.items()}
+
+    copy = Model(model.config, all_like(model.params), model.dtype)
+    for name, adapter in model.adapters.items():
+        copy.adapters[name] = replace(adapter, params=all_like(adapter.params), residual=all_like(adapter.residual))
+    copy.active = model.active
+    return copy
 
 
 def _product_shape(a: Any, b: Any) -> tuple[int, ...]:
@@ -287,7 +297,7 @@ def _concatenate(parts: Sequence[Any], axis: int = 0) -> Hollow:
 def _split(x: Hollow, at: Sequence[int], axis: int = 0) -> list[Hollow]:
     bounds = [0, *at, x.shape[axis]]
     axis %= x.ndim
-    return [x[(slice(None),) * axis + (slice(a, b),)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [x[(slice(None),) * axis + (slice(a, b),)] for a, b in pairwise(bounds)]
 
 
 def _take(x: Any, index: Any, out: Any = None, mode: str = "raise") -> Hollow:
@@ -295,22 +305,11 @@ def _take(x: Any, index: Any, out: Any = None, mode: str = "raise") -> Hollow:
     return hollow((*index.shape, *x.shape[1:]), x.dtype) if out is None else out
 
 
-def _known(function: Callable[..., Any]) -> Callable[[Hollow], Any]:
-    """A function that needs the values."""
-
-    def known(x: Hollow) -> Any:
-        found = function(x.value)
-        return tuple(map(as_hollow, found)) if isinstance(found, tuple) else as_hollow(found)
-
-    return known
-
-
 def as_hollow(x: Any, dtype: Any = None) -> Hollow:
-    """The array as a hollow one that knows its values; a hollow one as it is."""
+    """A hollow array of the shape of x; x itself if it is one."""
     if isinstance(x, Hollow):
         return x.astype(dtype or x.dtype, copy=False)
-    value = np.asarray(x, dtype)
-    return hollow(value.shape, value.dtype, value)
+    return hollow(np.shape(x), dtype or x.dtype)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -321,8 +320,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.concatenate: _concatenate,
     np.split: _split,
     np.take: _take,
-    np.flatnonzero: _known(np.flatnonzero),
-    np.nonzero: _known(np.nonzero),
+    np.flatnonzero: lambda x: hollow((x.size if x.all() else 0,), np.intp),
     np.triu: lambda x, k=0: _like(x),
     np.tril: lambda x, k=0: _like(x),
     np.dot: lambda a, b: 1.0,
@@ -349,7 +347,7 @@ class _Module:
 
     @staticmethod
     def arange(*range_: int) -> Hollow:
-        return as_hollow(np.arange(*range_))
+        return hollow((len(range(*range_)),), np.int64)
 
     asarray = ascontiguousarray = staticmethod(as_hollow)
 

@@ -13,8 +13,7 @@ import numpy as np
 
 from ..model import Model
 from ..optim import AdamW
-from .ledger import training_bytes
-from .observed import Observed, kept_arrays
+from .held import kept, training_bytes
 from .setup import Setup
 
 
@@ -46,16 +45,15 @@ def measure(setup: Setup, seed: int = 0) -> Measured:
     with _tracing():
         model = setup.real_model(seed)
         optimizer = AdamW(model.trainable())
-        tokens, labels = setup.batch_of(hollow_arrays=False)
+        tokens, labels = (np.zeros((setup.batch, setup.seq), np.int64) for _ in range(2))
         gc.collect()
         allocated["between steps"] = array_bytes()
 
         def look(cache: dict) -> None:
-            kept = kept_arrays(model, cache)
-            categories["activations"] = sum(array.nbytes for arrays in kept.values() for array in arrays)
+            categories["activations"] = sum(array.nbytes for arrays in kept(model, cache).values() for array in arrays)
             allocated["kept"] = array_bytes()
 
-        grads = setup.step(Observed.of(model, look), optimizer, tokens, labels)
+        grads = setup.step(model, optimizer, tokens, labels, look)
         held = training_bytes(model, grads, optimizer)
         del held["total"], grads
         gc.collect()
@@ -85,4 +83,5 @@ def _warm_up(setup: Setup) -> None:
     """A step on two tokens, for what is made once and kept: tables, imports."""
     small = replace(setup, batch=1, seq=2, micro_batch=None)
     model: Model = small.real_model()
-    small.step(model, AdamW(model.trainable()), *small.batch_of(hollow_arrays=False))
+    tokens = np.zeros((1, 2), np.int64)
+    small.step(model, AdamW(model.trainable()), tokens, tokens)

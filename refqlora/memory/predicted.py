@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from ..lora import Weight
 from ..model import Model
 from ..optim import AdamW
 from ..quantization import QuantizedTensor
-from .hollow import Made, Record, recording
-from .ledger import CATEGORIES, Entry, Ledger, training_bytes, weight_category
-from .observed import Observed, kept_arrays
-from .setup import Setup
+from .held import kept, training_bytes, weight_category
+from .hollow import Made, Record, hollow, hollow_like, recording
+from .ledger import CATEGORIES, Entry, Ledger
+from .setup import Setup, take_step
 
-Kept = dict[tuple[str, str], list[int]]  # (operation, what of it): the numbers of the buffers, one a layer
+Kept = dict[str, list[int]]  # {what: the numbers of its buffers, one a layer}
 _FUNCTIONS = {  # the category of what these functions allocate
     "dequantize": "dequantised",
     "attention_forward": "attention",
@@ -23,6 +25,28 @@ _FUNCTIONS = {  # the category of what these functions allocate
     "head_backward": "logits",
     "cross_entropy": "logits",
 }
+
+
+MANY = 64  # sequences at once, from which on the bytes grow by the same amount with each
+
+
+def step_bytes(model: Model, length: int, batch: int, micro_batch: int, recompute: bool = False) -> int:
+    """The most that a training step of `model` holds besides the model itself: activations, gradients, AdamW's moments,
+    tokens and labels. length: tokens a sequence; micro_batch of a batch's sequences go through the model at once."""
+
+    def peak(at_once: int) -> int:
+        with recording() as record:
+            copy = hollow_like(model)
+            own = record.live
+            shape = min(batch, 2 * at_once), length  # a third micro-batch is like the second
+            tokens, labels = hollow(shape, np.int64, 0), hollow(shape, np.int64, 0)
+            take_step(copy, AdamW(copy.trainable()), tokens, labels, at_once, recompute)
+            return record.peak - own - 2 * tokens.nbytes + 16 * batch * length
+
+    if micro_batch <= MANY:
+        return peak(micro_batch)
+    each = (peak(MANY) - peak(MANY // 2)) // (MANY // 2)
+    return peak(MANY) + (micro_batch - MANY) * each
 
 
 def predict(setup: Setup) -> Ledger:
@@ -36,25 +60,25 @@ def predict(setup: Setup) -> Ledger:
 
     Exact for NumPy on a CPU: what is held between steps to the byte, the peak but for Python's own objects.
     """
-    kept: Kept = {}
+    numbers: Kept = {}
     moments: dict[str, int] = {}
 
     def look(cache: dict) -> None:  # only the buffers' numbers are noted: what holds a buffer keeps it alive
-        for what, buffers in kept_arrays(model, cache).items():
-            kept[what] = [buffer.number for buffer in buffers]
+        for what, buffers in kept(model, cache).items():
+            numbers[what] = [buffer.number for buffer in buffers]
         moments["backward"] = len(record.events)
 
     with recording() as record:
-        model = Observed.of(setup.hollow_model(), look)
+        model = setup.hollow_model()
         optimizer = AdamW(model.trainable())
-        tokens, labels = setup.batch_of(hollow_arrays=True)
+        tokens, labels = (hollow((setup.batch, setup.seq), np.int64, 0) for _ in range(2))
         moments["step"], record.peak = len(record.events), record.live
-        grads = setup.step(model, optimizer, tokens, labels)
+        grads = setup.step(model, optimizer, tokens, labels, look)
         peak = record.peak
         held = training_bytes(model, grads, optimizer)
-        roles = {number: "activations" for numbers in kept.values() for number in numbers}
+        roles = {number: "activations" for each in numbers.values() for number in each}
         roles |= {g.buffer.number: "gradients" for g in grads.values()}
-    return Ledger(tuple(_entries(setup, model, kept, record)), peak, _at_peak(record, roles, moments, held))
+    return Ledger(tuple(_entries(setup, model, numbers, record)), peak, _at_peak(record, roles, moments, held))
 
 
 def _at_peak(record: Record, roles: dict[int, str], moments: dict[str, int], held: dict[str, int]) -> dict[str, int]:
@@ -97,7 +121,7 @@ def category_of(made: Made, in_backward: bool, role: str | None) -> str:
 # ---- the lines of the ledger: each formula gives its bytes -----------------------------------------------------
 
 
-def _entries(setup: Setup, model: Model, kept: Kept, record: Record) -> Iterator[Entry]:
+def _entries(setup: Setup, model: Model, kept_numbers: Kept, record: Record) -> Iterator[Entry]:
     yield from _weight_entries(setup, model)
     trained, size = sum(p.size for p in model.trainable().values()), setup.dtype.itemsize
     symbol = "P" if setup.method == "full" else "Σ r (in + out)"  # P: all parameters
@@ -107,14 +131,14 @@ def _entries(setup: Setup, model: Model, kept: Kept, record: Record) -> Iterator
     yield Entry("gradients", "of each", f"{size} · {symbol}", f"{size} · {trained:,}", size * trained)
     rows = setup.batch * setup.seq
     yield Entry("batch", "tokens and labels", "2 · 8 · B T", f"2 · 8 · {rows:,}", 16 * rows)
-    for (operation, what), numbers in kept.items():
+    for what, numbers in kept_numbers.items():
         alike: dict[tuple[tuple[int, ...], int], int] = {}
         for number in numbers:
             made = record.buffers[number]
             key = made.shape, made.dtype.itemsize
             alike[key] = alike.get(key, 0) + 1
         for (shape, itemsize), count in alike.items():
-            yield _entry(setup, "activations", f"{operation}: {what}", shape, itemsize, count)
+            yield _entry(setup, "activations", what, shape, itemsize, count)
 
 
 def _entry(setup: Setup, category: str, what: str, shape: tuple[int, ...], itemsize: int, count: int) -> Entry:

@@ -11,7 +11,7 @@ import numpy as np
 from ..adapters import Adapter, adapter_shapes
 from ..backend import Array
 from ..checks import SWITCH, as_dtype, check, one_of, whole
-from ..codebooks import DYNAMIC, NF4
+from ..codebooks import NF4
 from ..config import Config
 from ..lora import Weight
 from ..lora_config import LoraConfig
@@ -19,7 +19,7 @@ from ..model import Model
 from ..optim import AdamW, clip_by_global_norm
 from ..quantization import QuantizedTensor, quantize
 from ..training import loss_and_gradients
-from .hollow import as_hollow, hollow
+from .hollow import hollow
 
 METHODS = ("full", "lora", "qlora")
 _COUNT = whole(1, 2**31 - 1)
@@ -92,23 +92,55 @@ class Setup:
 
     def _hollow_4_bits(self, shape: tuple[int, ...]) -> QuantizedTensor:
         n = shape[0] * shape[1]
-        blocks, nested = -(-n // 64), {}
-        if self.double_quant:
-            nested = {"nested_absmax": hollow((-(-blocks // 256),), np.float32), "offset": np.float32(0)}
-        absmax = hollow((blocks,), np.uint8 if nested else np.float32)
-        packed = hollow((-(-n // 2),), np.uint8)
-        return QuantizedTensor(packed, absmax, NF4, shape, 64, np.dtype(np.float32), **nested, nested_codebook=DYNAMIC)
+        blocks = -(-n // 64)
+        packed, dtype = hollow((-(-n // 2),), np.uint8), np.dtype(np.float32)
+        if not self.double_quant:
+            return QuantizedTensor(packed, hollow((blocks,), np.float32), NF4, shape, 64, dtype)
+        absmax, nested = hollow((blocks,), np.uint8), hollow((-(-blocks // 256),), np.float32)
+        return QuantizedTensor(packed, absmax, NF4, shape, 64, dtype, nested, np.float32(0))
 
-    def batch_of(self, hollow_arrays: bool) -> tuple[Array, Array]:
-        """tokens and labels (B, T) int64, every label counted."""
-        tokens, labels = (np.zeros((self.batch, self.seq), np.int64) for _ in range(2))
-        return (as_hollow(tokens), as_hollow(labels)) if hollow_arrays else (tokens, labels)
+    def step(
+        self, model: Model, optimizer: AdamW, tokens: Array, labels: Array, look: Callable[[dict], None] | None = None
+    ) -> dict[str, Array]:
+        """`take_step` as it is set up."""
+        return take_step(model, optimizer, tokens, labels, self.micro_batch, self.recompute, look)
 
-    def step(self, model: Model, optimizer: AdamW, tokens: Array, labels: Array) -> dict[str, Array]:
-        """One update, as in training: forward, loss, backward, clipping, AdamW; -> the gradients."""
-        rng = np.random.default_rng(0)
-        options = {"micro_batch_size": self.micro_batch, "recompute": self.recompute}
-        _, grads = loss_and_gradients(model, tokens, labels, rng=rng, **options)
-        clip_by_global_norm(grads, 1.0)
-        optimizer.step(grads)
-        return grads
+
+def take_step(
+    model: Model,
+    optimizer: AdamW,
+    tokens: Array,
+    labels: Array,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    look: Callable[[dict], None] | None = None,
+) -> dict[str, Array]:
+    """One update, as in training: forward, loss, backward, clipping, AdamW; -> the gradients.
+
+    look: called with the cache when the first forward is done and its loss known, before the backward.
+    """
+    if look is not None:
+        model = _Watched.of(model, look)
+    rng = np.random.default_rng(0)
+    _, grads = loss_and_gradients(model, tokens, labels, micro_batch_size=micro_batch, rng=rng, recompute=recompute)
+    clip_by_global_norm(grads, 1.0)
+    optimizer.step(grads)
+    return grads
+
+
+class _Watched(Model):
+    """A model that calls `look(cache)` before its first backward."""
+
+    look: Callable[[dict], None] | None
+
+    @classmethod
+    def of(cls, model: Model, look: Callable[[dict], None]) -> _Watched:
+        watched = cls.__new__(cls)
+        watched.__dict__.update(model.__dict__, look=look)
+        return watched
+
+    def backward(self, dlogits: Array, cache: dict) -> dict[str, Array]:
+        if self.look is not None:
+            self.look(cache)
+            self.look = None
+        return super().backward(dlogits, cache)

@@ -137,9 +137,10 @@ def ties(codebook: np.ndarray) -> np.ndarray:
     return np.concatenate([block, negative, *(block * s for s in scales), block[1:]])
 
 
-def reciprocal_matters(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A block in which x * (1 / absmax) and x / absmax fall on different sides of NF4's thresholds. Float32 (size,)."""
-    middle = (NF4[1:] + NF4[:-1]) / 2
+def reciprocal_matters(rng: np.random.Generator, size: int, codebook: np.ndarray = NF4) -> np.ndarray:
+    """A block in which x * (1 / absmax) and x / absmax fall on different sides of thresholds. Float32 (size,), of which
+    the last is absmax."""
+    middle = (codebook[1:] + codebook[:-1]) / 2
     while True:
         absmax = np.float32(rng.uniform(0.5, 1))
         near = (middle * absmax).view(np.int32)[:, None] + np.arange(-2, 3, dtype=np.int32)

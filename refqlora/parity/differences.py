@@ -40,6 +40,18 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(_WORDS[x.dtype.itemsize])
 
 
+def ulps(found: Any, expected: Any) -> np.ndarray:
+    """How many units in the last place apart two float32 arrays are: the number of float32 steps between each pair of
+    elements, int64 of their shape; -0.0 and 0.0 are the same. NaN counts as beyond inf.
+
+        >>> ulps(np.float32([1, 1, -1e-45]), np.float32([1, 1.0000001, 1e-45]))
+        array([0, 1, 2])
+    """
+    a, b = (np.asarray(x, np.float32).view(np.int32).astype(np.int64) for x in (found, expected))
+    a, b = (np.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (a, b))  # in the order of the numbers
+    return abs(a - b)
+
+
 def relative_difference(found: Any, expected: Any) -> float:
     """The largest difference, relative to the largest element expected; for dicts of arrays, the worst tensor's.
 

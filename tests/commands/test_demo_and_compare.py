@@ -60,7 +60,7 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "BUNDLED", path)
         patch.setattr(corpus, "modules", lambda held_out: DOCUMENTS[:5] if held_out else DOCUMENTS[3:])
-        patch.setattr(corpus, "docstring_examples", lambda held_out: EXAMPLES[40:] if held_out else EXAMPLES[:40])
+        patch.setattr(corpus, "docstring_examples", lambda held_out, *_: EXAMPLES[40:] if held_out else EXAMPLES[:40])
         patch.setattr(corpus, "language_reference", lambda held_out: DOCUMENTS[:2] if held_out else DOCUMENTS[2:])
         patch.setattr(demo, "SHOWN", ("find_word", "no_such_function", "open_word"))
         yield path

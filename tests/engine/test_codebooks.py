@@ -2,12 +2,25 @@
 
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from scipy.special import ndtr, ndtri
 
 import refqlora.codebooks as codebooks
-from refqlora.codebooks import DYNAMIC, FP4, INT4, NF4, dynamic_map, fp4, nearest, normal_float
+from refqlora.codebooks import (
+    DYNAMIC,
+    FP4,
+    INT4,
+    NF4,
+    dynamic_map,
+    fp4,
+    integers,
+    nearest,
+    normal_float,
+    outermost_probability,
+    small_float,
+)
 from refqlora.files.reading import read_tensors
 from refqlora.parity.checks import VECTORS
 
@@ -22,7 +35,11 @@ EVERY = {
     "int4": INT4,
     "dynamic": DYNAMIC,
     "dynamic_unsigned": dynamic_map(signed=False),
-} | {f"normal_float({bits})": normal_float(bits) for bits in (2, 3, 5, 6, 7, 8)}
+    "E2M1": small_float(2, 1),
+    "E3M0": small_float(3, 0),
+}
+EVERY |= {f"normal_float({bits})": normal_float(bits) for bits in (2, 3, 5, 6, 7, 8)}
+EVERY |= {f"integers({bits})": integers(bits) for bits in (2, 3, 5, 6, 7, 8)}
 
 
 def bits(x):
@@ -82,10 +99,44 @@ def test_normal_float_values_are_equally_likely_levels():
     np.testing.assert_allclose(steps, (0.9677083 - 0.5) / 7, rtol=2e-6)
 
 
+@pytest.mark.parametrize("family", [normal_float, integers])
 @pytest.mark.parametrize("width", [1, 9, 0, -4, "4", 4.5, None])
-def test_normal_float_refuses_other_widths(width):
+def test_other_widths_are_refused(family, width):
     with pytest.raises(ValueError, match="bits: expected a whole number from 2 to 8"):
-        normal_float(width)
+        family(width)
+
+
+def test_the_outermost_probability_is_bitsandbytes():
+    assert outermost_probability(4) == 0.9677083
+
+
+def test_e2m1_and_e3m0():
+    """The values of the OCP's E2M1; powers of two."""
+    np.testing.assert_array_equal(small_float(2, 1)[:8], np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / np.float32(6))
+    np.testing.assert_array_equal(small_float(3, 0)[:8], [0, *2.0 ** np.arange(-6, 1)])
+    for values in (small_float(2, 1), small_float(3, 0), small_float(2, 5)):
+        half = len(values) // 2
+        np.testing.assert_array_equal(values[half:], -values[:half])
+        assert (np.diff(values[:half]) > 0).all()
+        assert not np.signbit(values[half])
+
+
+def test_small_floats_are_those_of_ml_dtypes():
+    code = np.arange(16, dtype=np.uint8)
+    values = code.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(small_float(2, 1), values / 6)
+
+
+def test_bitsandbytes_float_is_e2m1_but_for_its_smallest_value():
+    ours, theirs = np.sort(small_float(2, 1)), np.sort(FP4)
+    np.testing.assert_array_equal(np.flatnonzero(ours != theirs), [6, 9])
+    assert ours[9] / theirs[9] == pytest.approx(16)
+
+
+@pytest.mark.parametrize(("exponent", "mantissa"), [(0, 3), (8, 0), (2, 6), (2, -1), (2.0, 1), ("2", 1)])
+def test_small_floats_of_other_bits_are_refused(exponent, mantissa):
+    with pytest.raises(ValueError, match="_bits: expected a whole number"):
+        small_float(exponent, mantissa)
 
 
 def test_fp4_is_a_float_whose_exponent_runs_backwards():
@@ -100,6 +151,13 @@ def test_int4_is_even():
     assert INT4[8] == 0
     assert INT4[15] == 1
     assert nearest(np.float32([-1]), INT4) == 1  # -8/7 is never chosen
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+def test_integers_of_any_width(width):
+    values = integers(width)
+    last = 2 ** (width - 1) - 1
+    np.testing.assert_array_equal(values, np.arange(-last - 1, last + 1).astype(np.float32) / np.float32(last))
 
 
 def test_dynamic_map_shape():

@@ -26,3 +26,8 @@ def test_the_picture_shows_the_bytes():
     bars = [[patch for patch in axes.patches if getattr(patch, "get_y", float)() == 1.55] for axes in figure.axes]
     widths = [sum(bar.get_width() for bar in panel) for panel in bars]
     np.testing.assert_allclose(widths, 9.2 * np.array([256, 66, 10.2539]) / 256, rtol=1e-4)
+
+
+def test_the_picture_names_the_rank():
+    texts = [[text.get_text() for text in axes.texts] for axes in methods_figure(method_bytes(64, 3), 3).figure.axes]
+    assert ["r = 3" in panel for panel in texts] == [False, True, True]

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 import refqlora as rq
-from refqlora.memory.held import training_bytes
+from refqlora.memory.held import cache_bytes, training_bytes
 from refqlora.quantization import QuantizedTensor
 from refqlora.training import loss_and_gradients
 
@@ -111,3 +111,45 @@ def test_the_allocator_has_seen_every_byte(quantize, traced):
     assert end - moments == found["gradients"]
     assert base - begin == found["codes"] + found["constants"] + found["dense"]
     assert end - begin == found["total"]
+
+
+BATCH, LENGTH = 3, 7
+
+
+def forward(model, **options):
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (BATCH, LENGTH))
+    return model.forward(tokens, **options)[1]
+
+
+@pytest.mark.parametrize("adapter", [{}, {"rank": 5}, {"rank": 2, "init": "olora"}])
+def test_a_layer_s_cache_is_what_its_backward_needs(adapter):
+    model = rq.Model.from_config(tiny.config())
+    if adapter:
+        model.quantize()
+        model.add_adapter(**adapter)
+    c, rank, n = model.config, adapter.get("rank", 0), BATCH * LENGTH
+    q, k, d, f = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    for layer in forward(model)["layers"]:
+        parts = cache_bytes(model, layer)
+        assert list(parts) == list(layer)
+        assert sum(parts.values()) == 4 * n * (4 * d + 2 + 2 * q + 2 * k + c.heads + 3 * f + 7 * rank)
+        assert parts["self_attn.q_proj"] == 4 * n * (d + rank)  # the input, which is that of k_proj and v_proj too
+        assert parts["self_attn.k_proj"] == parts["self_attn.v_proj"] == 4 * n * rank
+
+
+def test_recomputation_keeps_the_inputs_of_the_layers():
+    model = rq.Model.from_config(tiny.config(), 0, np.float64)
+    kept, recomputed = (cache_bytes(model, forward(model, recompute=recompute)) for recompute in (False, True))
+    assert recomputed["layers"] == 8 * model.config.layers * BATCH * LENGTH * model.config.hidden_size
+    assert kept["layers"] > 5 * recomputed["layers"]
+    del kept["layers"], recomputed["layers"]
+    assert kept == recomputed
+
+
+def test_the_cache_is_what_the_allocator_still_holds(traced):
+    model = rq.Model.from_config(tiny.config())
+    model.add_adapter(rank=3)
+    before = allocated()
+    cache = forward(model)
+    found = cache_bytes(model, cache)
+    assert allocated() - before == sum(found.values())

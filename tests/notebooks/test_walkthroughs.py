@@ -32,7 +32,7 @@ def examined(name):
     for number, _, code in wrong_answers(name):
         notebook.cells.append(nbformat.v4.new_code_cell(code))
         notebook.cells.append(nbformat.v4.new_code_cell(notebook.cells[exercises[number - 1] + 1].source))
-    return walkthroughs.execute(notebook)
+    return walkthroughs.execute(notebook, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")  # as many kernels as cores run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,29 @@ def test_it_runs_where_a_browser_s_python_has_no_such_package(name, tmp_path):
 
 def test_the_table_of_contents_names_each_once():
     contents = (walkthroughs.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", contents) == NAMES
+    assert re.findall(r"^\| \[\d+\. .*\]\((\d\d_\w+)\.ipynb\)", contents, re.M) == NAMES
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "errata.md", "../README.md", "../figures/README.md"])
+def test_what_a_page_links_to_exists(page):
+    page = walkthroughs.NOTEBOOKS / page
+    for file, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_notebook_links_to_exists(name):
+    said = "\n".join(cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "markdown")
+    for file in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]+)?\)", said):
+        assert (walkthroughs.NOTEBOOKS / file).exists(), file
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,14 @@ def test_pairs_are_there_once_and_on_one_side(tmp_path, monkeypatch):
     assert corpus.docstring_examples(held_out=True) == []
 
 
+def test_a_quick_look_takes_one_training_module_in_so_many(tmp_path, monkeypatch):
+    csv, heapq, json = (f'def {name}(x):\n    """Do something useful."""\n' for name in ("c", "h", "j"))
+    library(tmp_path, monkeypatch, csv=csv, heapq=heapq, json=json, functools=heapq)
+    assert [e.prompt for e in corpus.docstring_examples(held_out=False, every=2)] == ["def c(x):\n", "def j(x):\n"]
+    assert [e.prompt for e in corpus.docstring_examples(held_out=True, every=2)] == ["def h(x):\n"]
+    assert corpus.docstring_examples(held_out=True) == []  # as heapq is among the training modules
+
+
 # ---- language_reference ----------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from ...blockwise import BLOCK_SIZES, quantize_constants
 from ..cases import unpacked
-from ..differences import in_one_line, relative_difference
-from .diagnosis import LORA_BOUND, Trial, explain, explain_lora, positions
+from ..differences import in_one_line, relative_difference, ulps
+from .diagnosis import LORA_BOUND, Trial, explain, positions
+from .formulas import explain_lora, orientation
 from .trials import FLOATS, trials
 
 # Each function of the protocol, and what it returns.
@@ -142,6 +143,7 @@ def _call(function: Any, trial: Trial) -> None:
             found = function(*arguments)
     except (Exception, SystemExit) as error:
         trial.fault = f"raised {in_one_line(error, ())}{_place(error)}"
+        trial.cause = orientation(function, trial)
         return
     for i, (given, was) in enumerate(zip(arguments, before, strict=True)):
         if isinstance(given, np.ndarray) and not np.array_equal(given, was):
@@ -211,12 +213,21 @@ def _shape_cause(trial: Trial, name: str, x: np.ndarray, outputs: Sequence[Any])
                 return "the last, partial block is left out"
             if x.size == rows:
                 return "blocks begin anew in every row; they run over the flat tensor"
+            for size in BLOCK_SIZES:
+                if x.shape == (-(-w.size // size),):
+                    return f"blocks of {size}; they must be of block_size"
         elif np.shape(outputs[1]) == (w.size // block_size,) != trial.expected["absmax"].shape:
             return "the last, partial block is left out"
         elif x.shape == (w.size,):
             return "two codes go into a byte"
         elif x.shape == (w.size // 2,):
             return "an odd size's last code is left out"
+    if name == "nested_absmax":
+        if x.size == 1:
+            return "one block for all; they must be of 256"
+        for size in BLOCK_SIZES:
+            if x.shape == (-(-trial.arguments[0].size // size),):
+                return f"blocks of {size}; they must be of 256"
     return ""
 
 
@@ -247,7 +258,7 @@ def _difference(trial: Trial, name: str) -> str:
         where = f"{name} is off by {relative_difference(found, expected):.1e} (bound {LORA_BOUND:.0e}), most at"
         return f"{where} {tuple(map(int, at))}: got {found[at]:.6g}, expected {expected[at]:.6g}"
     if name == "offset":
-        return f"the offset: got {float(found)!r}, expected {float(expected)!r}"
+        return f"the offset: got {np.float32(found)}, expected {expected}"
     if name == "packed":
         name = "codes"
         found, expected = unpacked(found), unpacked(expected)
@@ -256,5 +267,7 @@ def _difference(trial: Trial, name: str) -> str:
     first = int(off[0])
     n = trial.arguments[0].size if trial.function == "quantize" else expected.size
     place = "in the filling" if name == "codes" and trial.function == "quantize" and first >= n else f"at {first}"
-    got, wanted = found[first].item(), expected[first].item()
-    return f"{len(off):,} of {expected.size:,} {name} differ, first {place}: got {got!r}, expected {wanted!r}"
+    said = f"{len(off):,} of {expected.size:,} {name} differ"
+    if found.dtype == np.float32 and (far := int(ulps(found[off], expected[off]).max())) < 10:
+        said += f", by {far if far == 1 else f'at most {far}'} in the last place"
+    return f"{said}, first {place}: got {found[first]!s}, expected {expected[first]!s}"

@@ -60,6 +60,7 @@ def quantize(
     scaling: str = "reciprocal",
     tail: str = "divided",
     least: str = "1e-38",
+    divisor_is: str = "not stored",
     nan: int = 0,
     absmax: str = "magnitude",
     constants: Any = F32,
@@ -67,12 +68,19 @@ def quantize(
     blocks: str = "flat",
     order: Literal["C", "F", "K"] = "C",
     arithmetic: Any = F32,
+    read_as: Any = None,
+    flush: bool = False,
     low_first: bool = False,
+    halves: str = "",
+    renumbered: np.ndarray | None = None,
     filling: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> packed uint8 (ceil(n / 2),), absmax float32 (blocks,)."""
     dtype = w.dtype if arithmetic is None else np.dtype(arithmetic)
-    flat = (w.ravel(order) if order != "C" else np.ascontiguousarray(w).reshape(-1)).astype(dtype)
+    flat = w.ravel(order) if order != "C" else np.ascontiguousarray(w).reshape(-1)
+    with np.errstate(over="ignore"):
+        flat = flat.astype(flat.dtype if read_as is None else read_as).astype(dtype)
+    flat = flushed(flat) if flush else flat
     rows, counts = in_blocks(flat, w.shape, block_size, blocks)
     with np.errstate(all="ignore"):
         a = _absmax(rows, counts, absmax).astype(constants).astype(dtype)
@@ -81,12 +89,17 @@ def quantize(
             divisor = np.where(np.abs(a) < TINY.astype(dtype), TINY.astype(dtype), a)
         elif least in ("1", "1, for zeros"):
             divisor = np.where(a == 0, dtype.type(1), a)
+        elif least[0] in "+>":  # a small number is added, or is the least
+            small = dtype.type(float(least[1:]))
+            divisor = a + small if least[0] == "+" else np.maximum(a, small)
         full = (counts == block_size)[:, None]
         over, times = rows / divisor[:, None], rows * (dtype.type(1) / divisor)[:, None]
         if scaling == "float64":
             scaled = rows.astype(np.float64) / divisor[:, None]
         elif scaling == "divide":
             scaled = over
+        elif scaling in ("none", "multiply"):
+            scaled = rows if scaling == "none" else rows * divisor[:, None]
         else:
             scaled = np.where(full | (tail == "multiplied"), times, over)
     how = (table, tie, midpoints, nearest, thresholds)
@@ -94,12 +107,16 @@ def quantize(
     if tail == "left out":
         codes = np.where(full, codes, 0)
     codes = codes[np.arange(block_size) < counts[:, None]].astype(np.uint8)
+    if renumbered is not None:
+        codes = renumbered[codes]
     if codes.size % 2:
         how = (table, "lower", F32, "threshold", thresholds)
         zero = _codes(np.zeros((1, 1)), *how, 0)[0, 0] if filling is None else filling
         codes = np.append(codes, zero).astype(np.uint8)
+    if halves:
+        codes = codes[_halves(codes.size, block_size if halves == "block" else codes.size)]
     first, second = (codes[1::2], codes[0::2]) if low_first else (codes[0::2], codes[1::2])
-    out = (divisor if least == "1" else a).astype(F32)
+    out = (divisor if least == "1" or divisor_is == "stored" else a).astype(F32)
     if counts[-1] < block_size:
         out[-1] = 0 if tail == "left out" else TINY if np.abs(out[-1]) < TINY and least == "1e-38" else out[-1]
     with np.errstate(over="ignore"):
@@ -115,6 +132,19 @@ def in_blocks(flat: np.ndarray, shape: tuple[int, ...], size: int, blocks: str) 
     counts = np.full(a_row, size)
     counts[-1] = row - (a_row - 1) * size
     return filled.reshape(-1, size), np.tile(counts, flat.size // row)
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """Subnormal numbers are zeros, as on a GPU or with -ffast-math."""
+    return np.where(np.abs(x) < np.finfo(F32).tiny, x.dtype.type(0), x)
+
+
+def _halves(n: int, size: int) -> np.ndarray:
+    """The order (n,) of elements, n even, in which each block's second half is paired with its first."""
+    i = np.arange(n)
+    start = i // size * size
+    half = np.minimum(size, n - start) // 2
+    return start + (i - start) // 2 + (i - start) % 2 * half
 
 
 def _absmax(rows: np.ndarray, counts: np.ndarray, kind: str) -> np.ndarray:
@@ -154,6 +184,10 @@ def dequantize(
     result: Any = F32,
     blocks: str = "flat",
     index: str = "element",
+    block: int = 0,
+    shift: int = 0,
+    halves: str = "",
+    flush: bool = False,
     tail: str = "kept",
     absmax_is: str = "multiplied",
     order: Literal["C", "F"] = "C",
@@ -161,11 +195,15 @@ def dequantize(
     """-> float32 of `shape`."""
     n = int(np.prod(shape))
     high, low = packed >> 4, packed & 15
-    codes = np.stack([low, high] if low_first else [high, low], axis=1).reshape(-1)[:n]
+    codes = np.stack([low, high] if low_first else [high, low], axis=1).reshape(-1)
+    if halves:
+        pairs = codes.copy()
+        codes[_halves(codes.size, block_size if halves == "block" else codes.size)] = pairs
+    codes = codes[:n]
     i = np.arange(n)
     if index == "byte":
         i = i // 2
-    number = i // block_size
+    number = i // (block or block_size) + shift
     if blocks == "rows":
         number = i // shape[-1] * -(-shape[-1] // block_size) + i % shape[-1] // block_size
     with np.errstate(all="ignore"):
@@ -177,6 +215,7 @@ def dequantize(
         else:
             back = table[codes] * scale
         back = back.astype(result).astype(F32)
+    back = flushed(back) if flush else back
     if tail == "left out":
         back[n // block_size * block_size :] = 0
     return back.reshape(shape, order=order)
@@ -195,20 +234,23 @@ def quantize_constants(
     block: int = 256,
     tie: str = "lower",
     scaling: str = "reciprocal",
+    tail: str = "divided",
+    subtracted: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """-> codes uint8 (blocks,), nested absmax float32 (ceil(blocks / 256),), offset float32.
 
     given: an offset to use instead, as a mean in float32 depends on the order of summation.
     """
-    averages: dict[str, Any] = {"mean": np.mean, "median": np.median, "minimum": np.min, "none": lambda x: 0.0}
+    averages: dict[str, Any] = {"mean": np.mean, "median": np.median, "minimum": np.min, "maximum": np.max}
+    averages["none"] = lambda x: 0.0
     mean = F32(averages[offset](absmax.astype(np.float64))) if given is None or offset != "mean" else F32(given)
-    x = absmax - mean
+    x = absmax - mean if subtracted else absmax
     size = block or x.size
     rows, counts = in_blocks(x, x.shape, size, "flat")
     a = np.abs(rows).max(axis=1)
     divisor = np.maximum(a, TINY)[:, None]
-    full = (counts == size)[:, None] & (scaling == "reciprocal")
-    scaled = np.where(full, rows * (F32(1) / divisor), rows / divisor)
+    times = ((counts == size)[:, None] | (tail == "multiplied")) & (scaling == "reciprocal")
+    scaled = np.where(times, rows * (F32(1) / divisor), rows / divisor)
     if kind == "int8":
         codes = np.clip(np.rint(scaled * F32(127)), -128, 127).astype(np.int8).view(np.uint8)
     elif kind == "uint8":
@@ -234,6 +276,8 @@ def dequantize_constants(
     sign: float = 1.0,
     block: int = 256,
     kind: str = "table",
+    fused: bool = False,
+    result: Any = F32,
 ) -> np.ndarray:
     """-> absmax float32 (blocks,)."""
     number = np.minimum(np.arange(codes.size) // block, nested_absmax.size - 1)
@@ -244,8 +288,10 @@ def dequantize_constants(
         values = (codes.astype(F32) - F32(128)) / F32(127)
     else:
         values = table[codes]
+    wide = np.float64 if fused else F32  # the product of two floats is exact in float64
     with np.errstate(all="ignore"):
-        return (values * nested_absmax[number] + (F32(sign) * offset if with_offset else F32(0))).astype(F32)
+        product = values.astype(wide) * nested_absmax[number]
+        return (product + (F32(sign) * offset if with_offset else F32(0))).astype(F32).astype(result).astype(F32)
 
 
 UNSIGNED = dynamic_map(signed=False)

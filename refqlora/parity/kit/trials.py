@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...blockwise import BLOCK_SIZES, NESTED_BLOCK, dequantize_blockwise
+from ...blockwise import BLOCK_SIZES, NESTED_BLOCK, dequantize_blockwise, quantize_constants
 from ...codebooks import DYNAMIC
 from ...files.reading import read_tensors
 from ...quantization import QuantizedTensor, dequantize, quantize
-from ..cases import WEIGHT_DTYPES, awkward_cases, large_cases, random_cases
+from ..cases import WEIGHT_DTYPES, awkward_cases, large_cases, random_cases, reciprocal_matters
 from ..checks import VECTORS
 from ..differences import Observed
 from ..quantization import cases, constants_cases
@@ -34,7 +34,7 @@ def trials(
         make = _quantize if function == "quantize" else _dequantize
         return [t for w, q, name in tensors if q.block_size in block_sizes for t in make(w, q, name, dtypes)]
     if function in ("quantize_constants", "dequantize_constants"):
-        return list(_constants(function, vectors))
+        return list(_constants(function, vectors, seed))
     return list(_lora(function, vectors))
 
 
@@ -51,6 +51,9 @@ def _quantized(vectors: Observed, seed: int, size: int) -> Iterator[tuple[np.nda
     spread = np.repeat(w, 2, axis=1)[:, ::2]
     yield spread, quantize(w, double_quant=False), "ordinary, every other column of a wider matrix"
     rng = np.random.default_rng(seed)
+    scales = 10.0 ** np.arange(-37, 38)[:, None]  # from the smallest normal numbers to the largest
+    w = (rng.standard_normal((scales.size, 64)) * scales).astype(np.float32)
+    yield w, quantize(w, double_quant=False), "every scale"
     every = np.arange(256).astype(np.uint8)
     absmax = rng.uniform(0.5, 2, 8).astype(np.float32)
     yield None, QuantizedTensor(every, absmax, NF4, (512,), 64, np.dtype(np.float32)), "every byte"
@@ -69,10 +72,13 @@ def _dequantize(w: np.ndarray | None, q: QuantizedTensor, name: str, dtypes: tup
         yield Trial("dequantize", name, (q.packed, q.absmax, q.block_size, q.shape), expected)
 
 
-def _constants(function: str, vectors: Observed) -> Iterator[Trial]:
-    for name, parts in constants_cases(vectors):
-        absmax, offset = parts["absmax"], np.float32(parts["offset"])
-        codes, nested_absmax = vectors[f"8bit/{name}/nearest"], parts["nested_absmax"]
+def _constants(function: str, vectors: Observed, seed: int) -> Iterator[Trial]:
+    given = [(name, parts["absmax"], np.float32(parts["offset"])) for name, parts in constants_cases(vectors)]
+    x = reciprocal_matters(np.random.default_rng(seed), 128, DYNAMIC)
+    x = np.stack([x, -x])[:, ::-1].T.reshape(-1)  # (256,): their mean is 0
+    for name, absmax, offset in [*given, ("rounding", np.append(x, x[:-2]), np.float32(0))]:
+        codes, nested_absmax, _ = quantize_constants(absmax, offset=offset)
+        codes = vectors.get(f"8bit/{name}/nearest", codes)
         if function == "quantize_constants":
             expected = {"codes": codes, "nested_absmax": nested_absmax, "offset": np.asarray(offset)}
             yield Trial(function, name, (absmax,), expected)
@@ -85,7 +91,8 @@ def _lora(function: str, vectors: Observed) -> Iterator[Trial]:
     for case in sorted({key.split("/")[1] for key in vectors if key.startswith("lora/")}):
         part = {key.rsplit("/", 1)[1]: x for key, x in vectors.items() if key.startswith(f"lora/{case}/")}
         arguments: tuple = (part["x"], part["W"], part["A"], part["B"], float(part["scale"]))
-        prefix = ""
+        (n, i), (r, o), prefix = part["x"].shape, part["B"].T.shape, ""
+        case = f"{case} (N = {n}, in = {i}, out = {o}, r = {r})"  # by which a shape in an error can be named
         if "dropout" in function:
             arguments, prefix = (*arguments, part["keep"], float(part["dropout"])), "dropped_"
         if function.endswith("backward"):

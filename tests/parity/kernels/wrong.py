@@ -154,6 +154,57 @@ def ties_up_and_swapped(w, block_size):
     return quantizer(ties_up, low_first=True)(w, block_size)
 
 
+def rough_reciprocal(x, size):
+    rows = blocks_of(x, size)
+    absmax = np.abs(rows).max(axis=1)
+    return (rows * np.nextafter(1 / np.maximum(absmax, TINY), F32(0))[:, None]).reshape(-1)[: x.size], absmax
+
+
+def clamped(x, size):
+    rows = blocks_of(x, size)
+    absmax = np.maximum(np.abs(rows).max(axis=1), F32(1e-8))
+    return (rows / absmax[:, None]).reshape(-1)[: x.size], absmax
+
+
+def flushing(w):
+    x = np.ravel(w).astype(F32)
+    return np.where(np.abs(x) < np.finfo(F32).tiny, F32(0), x)
+
+
+def halves(codes):
+    codes = np.append(codes, np.full(codes.size % 2, 7)).astype(np.uint8)
+    return codes[: codes.size // 2] << 4 | codes[codes.size // 2 :]
+
+
+def in_halves(w, block_size):
+    scaled, absmax = scaled_and_absmax(np.ravel(w).astype(F32), block_size)
+    return halves(nearest(scaled, NF4)), absmax
+
+
+def stops_early(w, block_size):
+    packed, absmax = quantizer()(w, block_size)
+    packed[-1] = 0
+    return packed, absmax
+
+
+def first_only(packed, absmax, block_size, shape):
+    weights = dequantizer()(packed, absmax, block_size, shape)
+    weights.reshape(-1)[1::2] = 0.125
+    return weights
+
+
+def always_64(w, block_size):
+    return quantizer()(w, 64)
+
+
+def twos_complement(x):
+    return nearest(x, NF4) ^ 8
+
+
+def shifted(packed, absmax, block_size, shape):
+    return dequantizer()(packed, np.roll(absmax, 1), block_size, shape)
+
+
 # ---- constants ---------------------------------------------------------------------------------------------
 
 
@@ -166,6 +217,16 @@ def linear_int8(absmax):
     offset = F32(absmax.mean(dtype=np.float64))
     scaled, nested_absmax = scaled_and_absmax(absmax - offset, 256)
     return np.clip(np.rint(scaled * F32(127)), -128, 127).astype(np.int8).view(np.uint8), nested_absmax, offset
+
+
+def mean_not_taken_off(absmax):
+    scaled, nested_absmax = scaled_and_absmax(absmax, 256)
+    return nearest(scaled, dynamic_map()), nested_absmax, F32(absmax.mean(dtype=np.float64))
+
+
+def multiply_add(codes, nested_absmax, offset):
+    product = dynamic_map()[codes].astype(np.float64) * np.repeat(nested_absmax, 256)[: codes.size]
+    return (product + offset).astype(F32)
 
 
 def offset_not_added(codes, nested_absmax, offset):
@@ -181,6 +242,10 @@ def forward(factor):
 
 def forward_untransposed(x, W, A, B, scale):
     return x @ W + scale * (x @ A.T @ B.T)  # no error only where in = out
+
+
+def forward_b_untransposed(x, W, A, B, scale):
+    return x @ W.T + scale * (x @ A.T @ B)  # always an error, as r is never out
 
 
 def forward_misread(x, W, A, B, scale):
@@ -245,6 +310,15 @@ KERNELS = {
         "a threshold is wrong: about -0.2246 where -0.2346074 is the midpoint",
     ),
     "last value": ({"quantize": quantizer(lambda x: nearest(x, LAST))}, "a threshold is wrong: about 0.856"),
+    "a rough reciprocal": ({"quantize": quantizer(scale=rough_reciprocal)}, "only within 4 units in the last place"),
+    "a clamp": ({"quantize": quantizer(scale=clamped)}, "is divided by absmax; in a full block it must be"),
+    "a clamp, too": ({"quantize": quantizer(scale=clamped)}, "absmax is 1e-8 at least"),
+    "subnormal numbers": ({"quantize": quantizer(read=flushing)}, "subnormal ones, are flushed to zero"),
+    "halves": ({"quantize": in_halves}, "the first and the second half of the tensor"),
+    "the loop stops early": ({"quantize": stops_early}, "nothing is wrong except the last byte"),
+    "back, one of two": ({"dequantize": first_only}, "nothing is wrong except the second element of a byte"),
+    "blocks of 64": ({"quantize": always_64}, "blocks of 64; they must be of block_size"),
+    "two's complement": ({"quantize": quantizer(twos_complement)}, "numbered otherwise: 0 to 15 became 8, 9, 10, "),
     "two mistakes": ({"quantize": ties_up_and_swapped}, "a tie goes up; it must take the lower code; and the two"),
     "back, swapped nibbles": ({"dequantize": dequantizer(high=lambda p: p & 15, low=lambda p: p >> 4)}, "are swapped"),
     "back, four decimals": ({"dequantize": dequantizer(FOUR_DECIMALS)}, "rounded to four decimals"),
@@ -252,6 +326,9 @@ KERNELS = {
     "back, one bit": ({"dequantize": dequantizer(ENTRY_12)}, "entry 12 of the table is 0.4407"),
     "back, a learnt table": ({"dequantize": dequantizer(np.cbrt(EVEN_16))}, "the table is not NF4 but -1, -0.9"),
     "back, float16 absmax": ({"dequantize": dequantizer(constants=np.float16)}, "absmax is rounded to float16"),
+    "back, the block before": ({"dequantize": shifted}, "that of the block before"),
+    "mean not taken off": ({"quantize_constants": mean_not_taken_off}, "returned but not taken off"),
+    "multiply-add": ({"dequantize_constants": multiply_add}, "a fused multiply-add"),
     "no offset": ({"quantize_constants": no_offset}, "the offset is missing"),
     "linear int8": ({"quantize_constants": linear_int8}, "linear int8"),
     "offset not added": ({"dequantize_constants": offset_not_added}, "the offset is missing: it must be added"),
@@ -259,6 +336,8 @@ KERNELS = {
     "scale twice": ({"lora_forward": forward(lambda s, r: s * s)}, "the scale is applied twice"),
     "alpha": ({"lora_forward": forward(lambda s, r: s * r)}, "scaled by alpha"),
     "W not transposed": ({"lora_forward": forward_untransposed}, "W is taken for (in, out)"),
+    "B not transposed": ({"lora_forward": forward_b_untransposed}, "B is taken for (r, out)"),
+    "a whole scale": ({"lora_forward": forward(lambda s, r: int(s))}, "part is a multiple of what it must be, another"),
     "W read as (in, out)": ({"lora_forward": forward_misread}, "W is taken for (in, out)"),
     "W transposed in dx": (
         {"lora_backward": lambda dy, x, W, A, B, s: (dy @ W.T + s * dy @ B @ A, *lora_backward(dy, x, W, A, B, s)[1:])},
@@ -269,6 +348,14 @@ KERNELS = {
     "dx of W only": (
         {"lora_backward": backward(lambda dx, dA, dB, dy, x, W, A, B, s: (dy @ W, dA, dB))},
         "the adapter's part, scale dy B A, is missing",
+    ),
+    "twice dA": (
+        {"lora_backward": backward(lambda dx, dA, dB, *_: (dx, 2 * dA, dB))},
+        "dA is 2 times what it must be",
+    ),
+    "dx of the adapter halved": (
+        {"lora_backward": backward(lambda dx, dA, dB, dy, x, W, A, B, s: ((dx + dy @ W) / 2, dA, dB))},
+        "the adapter's part is 0.5 times what it must be",
     ),
     "dA and dB swapped": ({"lora_backward": backward(lambda dx, dA, dB, *_: (dx, dB, dA))}, "dA and dB are swapped"),
     "gradients without scale": (
