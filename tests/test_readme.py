@@ -1,5 +1,6 @@
 """The README: its Python runs as pasted, its reading path is the engine's, and the files that it names exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,3 +35,22 @@ def test_what_it_links_to_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert len(links) > 20
     assert [link for link in links if not (PACKAGE.parent / link).exists()] == []
+
+
+def test_the_comparison_s_table_is_the_one_that_was_measured():
+    measured = json.loads((PACKAGE / "assets" / "compare.json").read_text(encoding="utf-8"))
+    rows = [re.sub(r"[| ]+", " ", line).split() for line in re.findall(r"^\| (?:full|Q?LoRA) \|.*", README, re.M)]
+    for row, cells in zip(measured["methods"], rows, strict=True):
+        new, old = (row[f"{task}_after"] - row[f"{task}_before"] for task in ("new", "old"))
+        assert cells == [
+            row["method"],
+            *([] if row["rank"] is None else [str(row["rank"])]),
+            f"{row['trainable']:,}",
+            f"{row['bytes']:,}",
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['new_after']:.4f}",
+            f"{new:+.4f}",
+            f"{row['old_after']:.4f}",
+            f"{old:+.4f}",
+        ]
+    assert measured["machine"]["processor"].split("-")[0].strip() in README
