@@ -143,6 +143,19 @@ def _started(
     return Adapter(config, params, residuals, start)
 
 
+def adapter_shapes(
+    config: LoraConfig, linears: Iterable[str], weights: Mapping[str, Weight]
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each array of an adapter on `linears`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for linear in linears:
+        (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
+        shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
+        if config.dora:
+            shapes[linear + MAGNITUDE] = (out_features,)
+    return shapes
+
+
 def adapter_from_file(
     config: LoraConfig,
     params: Mapping[str, Array],
@@ -157,14 +170,10 @@ def adapter_from_file(
     `where` if an array is missing, unexpected, misshapen or not finite. Only warns, as nothing is lost, if a part of
     the config matches no linear, alpha is 0, or two keys of alpha_pattern with different values match one linear.
     """
-    linears, shapes = list(linears), dict[str, tuple[int, ...]]()
+    linears = list(linears)
     with _naming(where):
         chosen = config.matches(linears)
-    for linear in chosen:
-        (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
-        shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
-        if config.dora:
-            shapes[linear + MAGNITUDE] = (out_features,)
+    shapes = adapter_shapes(config, chosen, weights)
     check_shapes(params, shapes, where)
     with _naming(where):
         made = _started(config, chosen, weights, dtype) if config.changes_base else Adapter(config, {})

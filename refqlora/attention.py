@@ -52,7 +52,9 @@ def attention_forward(
         scores -= top
         p = xp.exp(scores, out=scores)
         total = p.sum(axis=-1, keepdims=True)  # (K, G*t, 1)
-        y[b, rows] = _unfold(p @ vt / total, t)  # (t, H, h)
+        out = p @ vt  # (K, G*t, h)
+        out /= total
+        y[b, rows] = _unfold(out, t)  # (t, H, h)
         logsumexp.append(top + xp.log(total))
     return y, (q, k, v, y, logsumexp, scale, window, softcap)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,31 @@ Array = Any  # a numpy.ndarray or a cupy.ndarray: the engine runs on either
 
 def array_module(x: Array) -> ModuleType:
     """The module, numpy or cupy, whose functions work on `x`. CuPy is never imported: whoever made `x` has done so."""
+    if hasattr(x, "array_module"):  # a hollow array, whose bytes are only counted: memory/hollow.py
+        return x.array_module
     cupy = sys.modules.get("cupy")
     return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def on_gpu(xp: ModuleType) -> bool:
+    """Whether the arrays of this module live on a GPU, where large pieces are fast and small ones are not."""
+    return xp.__name__ == "cupy"
+
+
+def pieces(n: int, size: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
+    """0..n in pieces (start, stop) of `size`, the last one shorter. Of hollow arrays the first two stand for all: each
+    holds the same bytes, and what one leaves in its variables lies beside the next."""
+    if xp.__name__ == "hollow":
+        n = min(n, 2 * size)
+    return ((start, min(start + size, n)) for start in range(0, n, max(size, 1)))
+
+
+def uniform(rng: np.random.Generator, like: Array) -> Array:
+    """Uniform random numbers from 0 to below 1, float32, of the shape of `like` and on its device; the same on each."""
+    xp = array_module(like)
+    if xp.__name__ == "hollow":
+        return xp.empty(like.shape, np.float32)
+    return xp.asarray(rng.random(like.shape, np.float32))
 
 
 def cores() -> int:

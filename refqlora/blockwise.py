@@ -19,7 +19,7 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, on_gpu, pieces
 from .checks import check, finite, one_of, shown
 from .codebooks import CODEBOOKS, DYNAMIC, nearest
 
@@ -122,10 +122,10 @@ def from_codes(codes: Array, table: np.ndarray, absmax: Array, block_size: int, 
     for start, stop in _chunks(out.size, xp):
         v = out[start:stop] if out.dtype == np.float32 else xp.empty(stop - start, np.float32)
         piece = codes[start // width : stop // width]
-        if xp is np:
-            words.take(piece, out=v.view(words.dtype), mode="clip")
-        else:
+        if on_gpu(xp):
             v[:] = xp.asarray(table)[piece].reshape(-1)
+        else:
+            np.take(words, piece, out=v.view(words.dtype), mode="clip")
         rows, tail, first = _rows(v, block_size, start)
         rows *= absmax[first : first + len(rows), None]
         if tail.size:
@@ -142,8 +142,7 @@ def _rows(v: Array, block_size: int, start: int) -> tuple[Array, Array, int]:
 
 def _chunks(n: int, xp: ModuleType) -> Iterator[tuple[int, int]]:
     """0..n in pieces (start, stop): of CHUNK elements on a CPU, whole on a GPU."""
-    chunk = CHUNK if xp is np else max(n, 1)
-    return ((start, min(start + chunk, n)) for start in range(0, n, chunk))
+    return pieces(n, n if on_gpu(xp) else CHUNK, xp)
 
 
 def _binned(x: Array, codebook: np.ndarray, block_size: int) -> tuple[Array, Array]:

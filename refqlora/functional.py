@@ -10,7 +10,7 @@ Each pair reads the same way: `f_forward(inputs) -> (output, cache)` and `f_back
 `dx` is the gradient of the loss with respect to `x` and has its shape. The cache is explicit: what the backward
 needs, and nothing else. A backward's docstring has the forward's lines on the left, the gradients that follow from
 them on the right. Everything is computed in the dtype of the inputs, long chains in place (`y *= gate`): a fresh array
-costs more than the arithmetic.
+costs more than the arithmetic, and what is held at any moment can be read off the lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, pieces
 from .checks import check, check_array, number
 
 CHUNK = 2**17  # elements of the logits that cross_entropy handles at once: 512 KiB of float32 stay in the L2 cache
@@ -52,7 +52,9 @@ def embedding_backward(dy: Array, cache: tuple) -> Array:
 def rmsnorm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, tuple]:
     """Scale each row to root mean square 1, then by `weight`. x (..., D), weight (D,) -> y (..., D)."""
     inv = 1 / array_module(x).sqrt(_mean_product(x, x) + eps)  # (..., 1)
-    return x * inv * weight, (x, inv, weight)
+    y = x * inv
+    y *= weight
+    return y, (x, inv, weight)
 
 
 def rmsnorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array]:
@@ -92,7 +94,9 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
     n = x - x.mean(axis=-1, keepdims=True)  # (..., D)
     inv = 1 / array_module(x).sqrt(_mean_product(n, n) + eps)  # (..., 1): the mean of n^2 is the variance
     n *= inv
-    return n * weight + bias, (n, inv, weight)
+    y = n * weight
+    y += bias
+    return y, (n, inv, weight)
 
 
 def layernorm_backward(dy: Array, cache: tuple) -> tuple[Array, Array, Array]:
@@ -158,7 +162,9 @@ _GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 def gelu_forward(x: Array) -> tuple[Array, tuple]:
     """x (..., F) -> y (..., F)."""
-    return x * _gelu_share(x), (x,)
+    y = _gelu_share(x)
+    y *= x
+    return y, (x,)
 
 
 def gelu_backward(dy: Array, cache: tuple) -> Array:
@@ -167,7 +173,9 @@ def gelu_backward(dy: Array, cache: tuple) -> Array:
     y = x s, s = (1 + tanh(u)) / 2        dx = dy * (s + x ds/dx), ds/dx = 2 s (1 - s) du/dx
     """
     (x,) = cache
-    return dy * _gelu_slope(x, _gelu_share(x))
+    dx = _gelu_slope(x, _gelu_share(x))
+    dx *= dy
+    return dx
 
 
 # ---- GeGLU (Shazeer 2020, eq. 6): y = gelu(gate) * up -----------------------------------------------------------
@@ -229,7 +237,8 @@ def _gelu_slope(x: Array, s: Array) -> Array:
 
 def softcap_forward(x: Array, cap: float) -> tuple[Array, tuple]:
     """Squeeze x, of any shape, smoothly between -cap and cap -> y of the same shape."""
-    t = array_module(x).tanh(x / cap)
+    t = x / cap
+    array_module(x).tanh(t, out=t)
     return t * cap, (t,)
 
 
@@ -239,7 +248,10 @@ def softcap_backward(dy: Array, cache: tuple) -> Array:
     y = cap * t, t = tanh(x / cap)        dx = dy * (1 - t^2)
     """
     (t,) = cache
-    return dy * (1 - t * t)
+    dx = t * t
+    array_module(t).subtract(1, dx, out=dx)
+    dx *= dy
+    return dx
 
 
 # ---- cross entropy: the mean over the counted positions of -log softmax(logits)[label] -------------------------
@@ -284,8 +296,8 @@ def cross_entropy(logits: Array, labels: Array, denominator: float | None = None
     rows = xp.flatnonzero(counted)  # those that count
     loss = 0.0
     step = max(1, CHUNK // vocabulary)  # rows at a time
-    for start in range(0, rows.size, step):
-        row = rows[start : start + step]  # (n,)
+    for start, stop in pieces(rows.size, step, xp):
+        row = rows[start:stop]  # (n,)
         label = labels.reshape(-1)[row]  # (n,)
         i = xp.arange(row.size)
         z = flat[row]  # (n, V)

@@ -91,14 +91,16 @@ def layer_forward(
     y = linear(a.attention_out, y.reshape(*x.shape[:2], -1))  # (B, T, D)
     if a.attention_post_norm:
         y = norm(a.attention_post_norm, y)
-    x = x + y
+    y += x  # x = x + y
+    x = y
 
     n = norm(a.mlp_norm, x)
     y, cache["activation"] = activation_forward(config, *project(a.mlp_in, n, config.mlp_sizes))  # (B, T, F)
     y = linear(a.mlp_out, y)  # (B, T, D)
     if a.mlp_post_norm:
         y = norm(a.mlp_post_norm, y)
-    return x + y, cache
+    y += x
+    return y, cache
 
 
 def layer_backward(
@@ -133,7 +135,9 @@ def layer_backward(
     dy = norm(a.mlp_post_norm, dx) if a.mlp_post_norm else dx  # x = x + y: dx is the gradient of both
     dy = linear(a.mlp_out, dy)  # y = down_proj(y): (B, T, F)
     dn = project(a.mlp_in, activation_backward(config, dy, cache["activation"]))  # y = silu(gate_proj(n)) * up_proj(n)
-    dx = dx + norm(a.mlp_norm, dn)  # n = rmsnorm(x), and x = x + y
+    dy = norm(a.mlp_norm, dn)  # n = rmsnorm(x)
+    dy += dx  # x = x + y
+    dx = dy
 
     dy = norm(a.attention_post_norm, dx) if a.attention_post_norm else dx  # x = x + y
     dy = linear(a.attention_out, dy).reshape(*dx.shape[:2], -1, config.head_dim)  # y = o_proj(y): (B, T, H, h)
@@ -143,7 +147,9 @@ def layer_backward(
     if a.qk_norm:
         dq, dk = norm(a.qk_norm[0], dq), norm(a.qk_norm[1], dk)  # q, k = norm(q), norm(k)
     dn = project(a.qkv, [part.reshape(*dx.shape[:2], -1) for part in (dq, dk, dv)])  # q = q_proj(n), ...
-    return dx + norm(a.attention_norm, dn)  # n = rmsnorm(x), and x = x + y
+    dy = norm(a.attention_norm, dn)  # n = rmsnorm(x)
+    dy += dx  # x = x + y
+    return dy
 
 
 def norm_forward(config: Config, params: Mapping[str, Array], name: str, x: Array) -> tuple[Array, tuple]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, uniform
 from .checks import check, check_array, number, shown
 from .quantization import QuantizedTensor, dequantize
 
@@ -48,14 +48,13 @@ def linear_forward(
     W + s B A. With dropout, as in PEFT, v is computed from dropout(x), and
     y = x W^T - dropout(x) W^T + v m/norm + bias.
     """
-    xp = array_module(x)
     rows = x.reshape(-1, x.shape[-1])  # (N, in): one matrix product, not B of them
     w = dense(weight, x.dtype)
     y = rows @ w.T  # (N, out)
     keep = z = dora = None
     if lora is not None:
         if rng is not None and lora.dropout > 0:
-            keep = xp.asarray(rng.random(rows.shape, np.float32) >= lora.dropout)  # (N, in)
+            keep = uniform(rng, rows) >= lora.dropout  # (N, in)
         dropped = _drop(rows, keep, lora)  # (N, in)
         if lora.magnitude is not None:
             norm = row_norms(w, lora)  # (out,)
@@ -67,7 +66,9 @@ def linear_forward(
             y += change
         else:
             v = base + change
-            y += v * (lora.magnitude / norm) - base
+            change = v * (lora.magnitude / norm)
+            change -= base
+            y += change
             dora = v, norm
     if bias is not None:
         y += bias
@@ -99,14 +100,18 @@ def linear_backward(dy: Array, cache: tuple, train_weight: bool = False) -> tupl
     through_w = dv if keep is None else drows  # the gradient of x W^T: without dropout that is `base`
     w = dense(weight, x.dtype)
     dx = through_w @ w  # y = x W^T: (N, in)
-    ddropped = 0 if dbase is None else dbase @ w  # base = dropout(x) W^T: (N, in)
+    through_base = None if dbase is None else dbase @ w  # base = dropout(x) W^T: (N, in)
     del w
     if lora is not None:
         dropped = _drop(rows, keep, lora)
-        dz = (dv @ lora.B) * lora.scale  # y += s z B^T: (N, r)
+        dz = dv @ lora.B  # y += s z B^T: (N, r)
+        dz *= lora.scale
         grads["lora_B.weight"] = dv.T @ (z * lora.scale)  # y += s z B^T: (out, r)
         grads["lora_A.weight"] = dz.T @ dropped  # z = dropout(x) A^T: (r, in)
-        dx += _drop(ddropped + dz @ lora.A, keep, lora)  # z = dropout(x) A^T: (N, in)
+        ddropped = dz @ lora.A  # z = dropout(x) A^T: (N, in)
+        if through_base is not None:
+            ddropped += through_base
+        dx += _drop(ddropped, keep, lora)
     if train_weight:
         grads["weight"] = through_w.T @ rows  # y = x W^T: (out, in)
         if dbase is not None:
@@ -125,7 +130,8 @@ def dense(weight: Weight, dtype: np.dtype) -> Array:
 
 def row_norms(w: Array, lora: LoRA) -> Array:
     """The lengths (out,) of the rows of W + s B A, which DoRA divides by. (Its paper's columns are those of W^T.)"""
-    changed = w + (lora.scale * lora.B) @ lora.A  # (out, in)
+    changed = (lora.scale * lora.B) @ lora.A  # (out, in)
+    changed += w
     changed *= changed
     return array_module(w).sqrt(changed.sum(axis=1))
 
@@ -161,4 +167,8 @@ def merge(weight: Weight, lora: LoRA) -> Array:
 
 def _drop(x: Array, keep: Array | None, lora: LoRA) -> Array:
     """dropout(x), and its backward: the elements outside `keep` are zeroed, the others divided by 1 - dropout."""
-    return x if keep is None else x * keep / (1 - lora.dropout)
+    if keep is None:
+        return x
+    x = x * keep
+    x /= 1 - lora.dropout
+    return x

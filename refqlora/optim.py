@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, on_gpu, pieces
 from .checks import NAMES, Rule, check, check_array, check_mapping, finite, number, one_of, shown
 
 # Elements per block: the two scratch arrays stay small, and on a CPU all six stay in a cache.
@@ -62,11 +63,11 @@ def adamw_update(
     beta1, beta2 = betas
     step_size = lr / (1 - beta1**step)
     root_correction2 = math.sqrt(1 - beta2**step)
-    block = block or (CPU_BLOCK if xp is np else GPU_BLOCK)
+    block = block or _block(xp)
     scratch = xp.empty((2, min(block, p.size)), dtype=p.dtype)
 
-    for start in range(0, p.size, block):
-        pb, gb, mb, vb = (x[start : start + block] for x in (p, g, m, v))
+    for start, stop in pieces(p.size, block, xp):
+        pb, gb, mb, vb = (x[start:stop] for x in (p, g, m, v))
         a, b = scratch[:, : pb.size]
         if weight_decay:
             pb *= 1 - lr * weight_decay
@@ -283,12 +284,15 @@ def learning_rate(
     return floor + (peak - floor) * left
 
 
+def _block(xp: ModuleType) -> int:
+    return GPU_BLOCK if on_gpu(xp) else CPU_BLOCK
+
+
 def _sum_of_squares(g: Array) -> float:
     """Sum of g^2 in float64, a block at a time so that no float64 copy of g is made."""
     xp = array_module(g)
     flat = g.reshape(-1)
-    block = CPU_BLOCK if xp is np else GPU_BLOCK
-    parts = (flat[start : start + block].astype(np.float64) for start in range(0, flat.size, block))
+    parts = (flat[start:stop].astype(np.float64) for start, stop in pieces(flat.size, _block(xp), xp))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller tests the sum, once
         return float(sum(xp.dot(part, part) for part in parts))
 

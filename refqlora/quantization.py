@@ -98,7 +98,9 @@ class QuantizedTensor:
         """absmax as float32 (blocks,), with the double quantisation undone."""
         if self.nested_absmax is None:
             return self.absmax
-        return dequantize_blockwise(self.absmax, self.nested_absmax, self.nested_codebook, NESTED_BLOCK) + self.offset
+        absmax = dequantize_blockwise(self.absmax, self.nested_absmax, self.nested_codebook, NESTED_BLOCK)
+        absmax += self.offset
+        return absmax
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """`np.asarray(q)` is `dequantize(q)`."""

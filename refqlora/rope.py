@@ -165,9 +165,12 @@ def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
     n = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, n): the same for every head
     x1, x2 = x[..., :n], x[..., n : 2 * n]  # (B, T, H, n)
-    y = array_module(x).empty_like(x)
-    y[..., :n] = x1 * cos - x2 * sin
-    y[..., n : 2 * n] = x2 * cos + x1 * sin
+    xp = array_module(x)
+    y = xp.empty_like(x)
+    xp.multiply(x1, cos, out=y[..., :n])
+    y[..., :n] -= x2 * sin
+    xp.multiply(x2, cos, out=y[..., n : 2 * n])
+    y[..., n : 2 * n] += x1 * sin
     y[..., 2 * n :] = x[..., 2 * n :]
     return y
 

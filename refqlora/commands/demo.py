@@ -189,9 +189,12 @@ Bits a byte: how far the model's predictions would compress a text; 8 means no c
 
 
 def measure_step(model: Model, dataset: Dataset) -> dict[str, int]:
-    """Bytes of the arrays that one training step holds, measured on real gradients and a real optimiser."""
+    """Bytes of the arrays that one training step holds, measured on real gradients and a real optimiser; all weights
+    that are not in 4 bits together as "dense"."""
     _, grads = loss_and_gradients(model, *dataset.batch([0]))
-    return training_bytes(model, grads, AdamW(model.trainable()))
+    parts = training_bytes(model, grads, AdamW(model.trainable()))
+    parts["dense"] = sum(parts.get(category, 0) for category in ("embeddings", "linears", "norms", "head"))
+    return {part: parts.get(part, 0) for part in BYTES_OF}
 
 
 def full_finetuning_bytes(weights: int) -> dict[str, int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..model import Model
-from ..quantization import QuantizedTensor
 from .predicted import step_bytes
 
 
@@ -26,22 +25,9 @@ def plan_step(
 
     length: tokens in the longest sequence. Gradients and AdamW's moments are counted, weights are not.
     """
-    adapter = None if model.active is None else model.adapters[model.active]
-    trained = sum(p.nbytes for p in model.trainable().values())
 
     def need(micro_batch: int, recompute: bool) -> int:
-        step = step_bytes(
-            model.config,
-            None if adapter is None else adapter.config,
-            length,
-            batch,
-            micro_batch=micro_batch,
-            recompute=recompute,
-            quantized=any(isinstance(p, QuantizedTensor) for p in model.params.values()),
-            half_head=model.params[model.config.head].dtype.itemsize == 2,
-            itemsize=model.dtype.itemsize,
-        )
-        return step + 2 * trained  # AdamW's moments
+        return step_bytes(model, length, batch, micro_batch, recompute)
 
     return plan(need, batch, room, micro_batch, recompute)
 

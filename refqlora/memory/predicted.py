@@ -1,115 +1,193 @@
-"""The memory of a training step, predicted from shapes before anything is allocated.
-
-The largest arrays of a step, in elements, by the legend in functional.py with N = B*T rows:
-
-    a layer's cache     N (4D + 2Hh + 2Kh + 3F + ...)    for its backward; with recompute only its input, N D
-    logits              2 N V                            with their gradient
-    scratch             5 N F, 2 H 128 T, ...            the most that one operation holds at once
-    a weight            out * in                         while it is dequantised
-
-A step's peak is either at the loss, where all caches and the logits are held, or in a layer's backward, where the
-caches of the layers below it, the gradient of the logits and the scratch are held.
-"""
+"""The memory of a training step, predicted: the engine takes the step with hollow arrays, and every byte is counted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 
-from ..attention import TILE
-from ..config import Config
-from ..functional import CHUNK
-from ..lm_head import TILE as HEAD_TILE
-from ..lora_config import LoraConfig
+import numpy as np
+
+from ..lora import Weight
+from ..model import Model
+from ..optim import AdamW
+from ..quantization import QuantizedTensor
+from .held import kept, training_bytes, weight_category
+from .hollow import Made, Record, hollow, hollow_like, recording
+from .ledger import CATEGORIES, Entry, Ledger
+from .setup import Setup, take_step
+
+Kept = dict[str, list[int]]  # {what: the numbers of its buffers, one a layer}
+_FUNCTIONS = {  # the category of what these functions allocate
+    "dequantize": "dequantised",
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "head_forward": "logits",
+    "head_backward": "logits",
+    "cross_entropy": "logits",
+}
 
 
-def step_bytes(
-    config: Config,
-    lora: LoraConfig | None,
-    length: int,
-    batch: int,
-    *,
-    micro_batch: int | None = None,
-    recompute: bool = False,
-    quantized: bool = True,
-    half_head: bool = False,
-    itemsize: int = 4,
-) -> int:
-    """The peak of `loss_and_gradients`, in bytes, on top of weights, adapter and optimiser.
+MANY = 64  # sequences at once, from which on the bytes grow by the same amount with each
 
-    lora: None for full training. length: T, tokens in the longest sequence. batch: sequences in a step; micro_batch of
-    them go through the model at once (None: all). quantized: linears have 4 bits; half_head: embedding and output head
-    have 16. itemsize: of the dtype of all computation.
+
+def step_bytes(model: Model, length: int, batch: int, micro_batch: int, recompute: bool = False) -> int:
+    """The most that a training step of `model` holds besides the model itself: activations, gradients, AdamW's moments,
+    tokens and labels. length: tokens a sequence; micro_batch of a batch's sequences go through the model at once."""
+
+    def peak(at_once: int) -> int:
+        with recording() as record:
+            copy = hollow_like(model)
+            own = record.live
+            shape = min(batch, 2 * at_once), length  # a third micro-batch is like the second
+            tokens, labels = hollow(shape, np.int64, 0), hollow(shape, np.int64, 0)
+            take_step(copy, AdamW(copy.trainable()), tokens, labels, at_once, recompute)
+            return record.peak - own - 2 * tokens.nbytes + 16 * batch * length
+
+    if micro_batch <= MANY:
+        return peak(micro_batch)
+    each = (peak(MANY) - peak(MANY // 2)) // (MANY // 2)
+    return peak(MANY) + (micro_batch - MANY) * each
+
+
+def predict(setup: Setup) -> Ledger:
+    """The bytes of one step of `setup`, by category, and the most that are held at once. Nothing is allocated.
+
+        >>> from refqlora.memory.setup import Setup
+        >>> sizes = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, layers=32, heads=32, kv_heads=32)
+        >>> ledger = predict(Setup(rq.Config(**sizes, head_dim=128), "qlora", seq=512))
+        >>> ledger.bytes()["codes"]
+        3238002688
+
+    Exact for NumPy on a CPU: what is held between steps to the byte, the peak but for Python's own objects.
     """
-    at_once = min(batch, micro_batch or batch)
-    rows, logits = at_once * length, at_once * length * config.vocab_size
-    shapes = config.shapes()
-    ranks = {name: lora.rank_of(name) for name in lora.matches(config.linears())} if lora else {}
-    gradients = sum(ranks[name] * sum(shapes[name + ".weight"]) for name in ranks) if lora else _size(shapes)
-    head = 0 if lora else config.vocab_size * config.hidden_size  # the gradient of its weight
-    body = gradients - head * (1 if config.tied else 2)
+    numbers: Kept = {}
+    moments: dict[str, int] = {}
 
-    inner = max(_layer_cache(config, lora, ranks, i) for i in range(config.layers)) * rows
-    kept = config.layers * (config.hidden_size * rows if recompute else inner)
-    kept += 2 * rows * config.hidden_size  # the last norm
-    scratch = _layer_scratch(config, lora, ranks, at_once, length, quantized)
-    capped = config.final_logit_softcapping is not None
-    copies, after = (3, 3) if capped else (2, 1)  # of the logits or their gradient: at the loss, in the backward
-    tile = min(config.vocab_size, max(1, HEAD_TILE // config.hidden_size))
-    cast = tile * config.hidden_size if half_head else 0
-    at_head = max(
-        logits + tile * rows + cast,  # a tile's logits, before they are copied
-        logits * copies + min(CHUNK, logits),
-        logits * after + config.hidden_size * rows * 2 + cast + head,
-        logits * after + scratch + head + (inner if recompute else 0),
-    )
-    at_bottom = logits * after + scratch + head + body + inner
-    at_end = logits * after + 2 * head + body
-    accumulated = gradients if at_once < batch else 0
-    integers = 16 * batch * (length + 1) + 8 * rows  # tokens and labels
-    return int(itemsize * (accumulated + max(kept + at_head, at_bottom, at_end)) + integers)
+    def look(cache: dict) -> None:  # only the buffers' numbers are noted: what holds a buffer keeps it alive
+        for what, buffers in kept(model, cache).items():
+            numbers[what] = [buffer.number for buffer in buffers]
+        moments["backward"] = len(record.events)
+
+    with recording() as record:
+        model = setup.hollow_model()
+        optimizer = AdamW(model.trainable())
+        tokens, labels = (hollow((setup.batch, setup.seq), np.int64, 0) for _ in range(2))
+        moments["step"], record.peak = len(record.events), record.live
+        grads = setup.step(model, optimizer, tokens, labels, look)
+        peak = record.peak
+        held = training_bytes(model, grads, optimizer)
+        roles = {number: "activations" for each in numbers.values() for number in each}
+        roles |= {g.buffer.number: "gradients" for g in grads.values()}
+    return Ledger(tuple(_entries(setup, model, numbers, record)), peak, _at_peak(record, roles, moments, held))
 
 
-def _layer_cache(config: Config, lora: LoraConfig | None, ranks: Mapping[str, int], i: int) -> float:
-    """Elements for each row that a layer's forward keeps for its backward."""
-    a, d, f = config.architecture, config.hidden_size, config.intermediate_size
-    q, k, v = config.qkv_sizes
-    total: float = 2 * (2 * d + 1)  # two norms: their input and output
-    total += sum(d + 1 for name in (a.attention_post_norm, a.mlp_post_norm) if name)
-    fused = len(a.qkv) == 1
-    total += (q + k + v if fused else v) + (0 if a.positions else q + k)  # RoPE copies q and k
-    total += q + k + config.heads + config.kv_heads if a.qk_norm else 0
-    total += q + config.heads  # attention's output, and each row's logsumexp
-    total += (len(config.mlp_sizes) + 1) * f
-    shapes = config.shapes()
-    for name in ranks:
-        if name.startswith(f"{a.layers}{i}."):
-            out_features, in_features = shapes[name + ".weight"]
-            total += ranks[name]
-            total += in_features / 4 if lora and lora.dropout else 0  # the mask, a byte for each element
-            total += out_features if lora and lora.dora else 0
-    return total
+def _at_peak(record: Record, roles: dict[int, str], moments: dict[str, int], held: dict[str, int]) -> dict[str, int]:
+    """{category: bytes} at the moment when most is held."""
+    live, most, at, alive = 0, -1, 0, dict[int, int]()
+    for i, (_, nbytes) in enumerate(record.events):
+        live += nbytes
+        if i >= moments["step"] and live > most:
+            most, at = live, i
+    made_at: dict[int, int] = {}
+    for i, (number, nbytes) in enumerate(record.events[: at + 1]):
+        if nbytes > 0:
+            alive[number], made_at[number] = nbytes, i
+        else:
+            alive.pop(number, None)
+    sums = dict.fromkeys(CATEGORIES, 0)
+    for category, nbytes in held.items():
+        if category not in ("gradients", "total"):
+            sums[category] += nbytes
+    for number, nbytes in alive.items():
+        if made_at[number] >= moments["step"]:
+            again = made_at[number] > moments["backward"]
+            sums[category_of(record.buffers[number], again, roles.get(number))] += nbytes
+    sums["batch"] = most - sum(sums.values())  # what is left: made before the step, and not part of the model
+    return {category: n for category, n in sums.items() if n}
 
 
-def _layer_scratch(
-    config: Config, lora: LoraConfig | None, ranks: Mapping[str, int], batch: int, length: int, quantized: bool
-) -> int:
-    """The most elements that one operation of a layer holds at once, besides the caches."""
-    d, f = config.hidden_size, config.intermediate_size
-    rows, (q, k, v) = batch * length, config.qkv_sizes
-    shapes = config.shapes()
-    weight = max(out * into for out, into in (shapes[name + ".weight"] for name in config.linears()))
-    weight = (weight if quantized else 0) + (2 * weight if lora and lora.dora else 0)
-    drop = 1 if lora and lora.dropout else 0
-    tile = min(TILE, length)
-    scores = config.heads * tile * length * (5 if config.attn_logit_softcapping is not None else 2)
-    scores += 2 * tile * tile
-    activation = rows * (d + 5 * f)
-    down = rows * (2 * d + (2 + 2 * drop) * f) + weight
-    into = rows * ((len(config.mlp_sizes) + 1) * f + (3 + 2 * drop) * d) + weight
-    attention = rows * (d + 2 * q + k + v) + scores
-    return max(activation, down, into, attention)
+def category_of(made: Made, in_backward: bool, role: str | None) -> str:
+    """The category of a buffer that a step has made."""
+    if role is not None:
+        return role
+    for name in made.functions:
+        if name in _FUNCTIONS:
+            return _FUNCTIONS[name]
+    if made.functions[0] in ("softcap_forward", "softcap_backward"):  # attention's was found above
+        return "logits"
+    return "recomputed" if in_backward and made.functions[-1] == "layer_forward" else "scratch"
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+# ---- the lines of the ledger: each formula gives its bytes -----------------------------------------------------
+
+
+def _entries(setup: Setup, model: Model, kept_numbers: Kept, record: Record) -> Iterator[Entry]:
+    yield from _weight_entries(setup, model)
+    trained, size = sum(p.size for p in model.trainable().values()), setup.dtype.itemsize
+    symbol = "P" if setup.method == "full" else "Σ r (in + out)"  # P: all parameters
+    if setup.method != "full":
+        yield Entry("adapter", "A and B of each linear", f"{size} · {symbol}", f"{size} · {trained:,}", size * trained)
+    yield Entry("optimizer", "m and v", f"2 · {size} · {symbol}", f"2 · {size} · {trained:,}", 2 * size * trained)
+    yield Entry("gradients", "of each", f"{size} · {symbol}", f"{size} · {trained:,}", size * trained)
+    rows = setup.batch * setup.seq
+    yield Entry("batch", "tokens and labels", "2 · 8 · B T", f"2 · 8 · {rows:,}", 16 * rows)
+    for what, numbers in kept_numbers.items():
+        alike: dict[tuple[tuple[int, ...], int], int] = {}
+        for number in numbers:
+            made = record.buffers[number]
+            key = made.shape, made.dtype.itemsize
+            alike[key] = alike.get(key, 0) + 1
+        for (shape, itemsize), count in alike.items():
+            yield _entry(setup, "activations", what, shape, itemsize, count)
+
+
+def _entry(setup: Setup, category: str, what: str, shape: tuple[int, ...], itemsize: int, count: int) -> Entry:
+    """`count` arrays of one shape; "L" in the formula if there is one for each layer."""
+    rows = category == "activations"
+    n = math.prod(shape)
+    times = "L · " if count == setup.config.layers > 1 else f"{count} · " if count > 1 else ""
+    numbers = f"{count} · " if count > 1 else ""
+    sizes = " ".join(f"{x:,} ·" for x in shape).removesuffix(" ·")
+    formula, numbers = f"{times}{itemsize} · {symbols(setup, shape, rows)}", f"{numbers}{itemsize} · {sizes}"
+    return Entry(category, what, formula, numbers, count * itemsize * n)
+
+
+def _weight_entries(setup: Setup, model: Model) -> Iterator[Entry]:
+    """The entries of the base's weights, those of equal name and shape in all layers together."""
+    config = setup.config
+    alike: dict[tuple[str, tuple[int, ...]], list[tuple[str, Weight]]] = {}
+    for name, weight in model.params.items():
+        head, _, rest = name.removeprefix(config.architecture.layers).partition(".")
+        alike.setdefault((rest if head.isdecimal() else name, weight.shape), []).append((name, weight))
+    for (short, shape), pairs in alike.items():
+        (name, weight), count = pairs[0], len(pairs)
+        if not isinstance(weight, QuantizedTensor):
+            yield _entry(setup, weight_category(config, name), short, shape, weight.dtype.itemsize, count)
+            continue
+        n, blocks, layers = weight.size, weight.absmax.size, f"{count} · " if count > 1 else ""
+        times, sizes = "L · " if count > 1 else "", symbols(setup, shape, rows=False)
+        yield Entry("codes", short, f"{times}{sizes} / 2", f"{layers}{n:,} / 2", count * weight.packed.nbytes)
+        formula, numbers = "4 ⌈n/64⌉", f"4 · {blocks:,}"
+        if weight.nested_absmax is not None:
+            formula, numbers = "(⌈n/64⌉ + 4 ⌈n/(64·256)⌉)", f"({blocks:,} + 4 · {weight.nested_absmax.size:,})"
+        yield Entry("constants", short, times + formula, layers + numbers, count * weight.constants_nbytes)
+
+
+def symbols(setup: Setup, shape: Sequence[int], rows: bool = True) -> str:
+    """A shape in the symbols of functional.py's legend, where a number has one: "B T D". rows: it may begin with the
+    batch and the time."""
+    config, known = setup.config, dict[int, str]()
+    q, k, _ = config.qkv_sizes
+    if setup.method != "full":
+        known[setup.lora.rank] = "r"
+    known |= {q + 2 * k: "(H + 2 K) h", 2 * config.intermediate_size: "2 F", k: "K h", q: "H h"}
+    known |= {config.intermediate_size: "F", config.vocab_size: "V", config.hidden_size: "D"}
+    batch = min(setup.batch, setup.micro_batch or setup.batch)
+    for first, said in (((batch, setup.seq), "B T"), ((batch * setup.seq,), "B T"), ((setup.seq,), "T")):
+        rest = tuple(shape[len(first) :])
+        if rows and tuple(shape[: len(first)]) == first:
+            heads = {config.kv_heads: "K h", config.heads: "H h"}
+            if len(rest) == 2 and rest[1] == config.head_dim and rest[0] in heads:
+                return f"{said} {heads[rest[0]]}"
+            return " ".join([said, *(known.get(n, f"{n:,}") for n in rest if n != 1)])
+    return " ".join(known.get(n, f"{n:,}") for n in shape) or "1"
