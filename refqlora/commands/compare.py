@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ..files.writing import write_json
 from ..text import corpus
 from ..text.dataset import Dataset
 from ..text.encoding import pack
-from ..training import evaluate, train
+from ..training import Row, TrainingConfig, evaluate, train
 from .demo import ADAPTER, bundled, docstring_task, measure_step, plain_source, training_config
 from .info import machine
 from .merge import merge_in_memory
@@ -51,29 +51,11 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
     source = plain_source(tokenizer, eos, base.config.max_positions)
     rows, merging = [], {}
     for method, rank in _methods():
-        model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
-        old = evaluate(model, source).loss
-        new = evaluate(model, held_out).loss
-        if rank is not None:
-            model.add_adapter(rank=rank, alpha=2 * rank, seed=seed)
-        nbytes = measure_step(model, task)
         title = method if rank is None else f"{method} r={rank}"
         recipe = training_config(steps, seed, **({"lr": FULL_LR} if rank is None else {}))
         with progress(title, steps, console.quiet) as bar:
-            log = train(model, task, recipe, on_step=bar)
-        rows.append(
-            {
-                "method": method,
-                "rank": rank,
-                "trainable": sum(p.size for p in model.trainable().values()),
-                "bytes": nbytes["total"],
-                "seconds_per_step": float(np.median([row["seconds"] for row in log])),
-                "new_before": new,
-                "new_after": evaluate(model, held_out).loss,
-                "old_before": old,
-                "old_after": evaluate(model, source).loss,
-            }
-        )
+            model, row = fine_tuned(method, rank, task, held_out, source, recipe, bar)
+        rows.append(row)
         if (method, rank) == ("QLoRA", ADAPTER["rank"]):
             merging = merging_losses(model, held_out)
     show(console, methods_table(rows, steps))
@@ -94,18 +76,49 @@ def _methods() -> Iterator[tuple[str, int | None]]:
             yield method, rank
 
 
+def fine_tuned(
+    method: str,
+    rank: int | None,
+    task: Dataset,
+    held_out: Dataset,
+    source: Dataset,
+    config: TrainingConfig,
+    on_step: Callable[[Row], None] | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Train the bundled base on `task`, in full or with an adapter of `rank` and alpha = 2 rank -> the model, and a row
+    of facts: bytes, seconds, and the losses before and after, on `held_out` (new) and on `source` (old)."""
+    model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
+    old, new = evaluate(model, source).loss, evaluate(model, held_out).loss
+    if rank is not None:
+        model.add_adapter(rank=rank, alpha=2 * rank, seed=config.seed)
+    nbytes = measure_step(model, task)
+    log = train(model, task, config, on_step=on_step)
+    return model, {
+        "method": method,
+        "rank": rank,
+        "trainable": sum(p.size for p in model.trainable().values()),
+        "bytes": nbytes["total"],
+        "seconds_per_step": float(np.median([row["seconds"] for row in log])),
+        "new_before": new,
+        "new_after": evaluate(model, held_out).loss,
+        "old_before": old,
+        "old_after": evaluate(model, source).loss,
+    }
+
+
 def merging_losses(model: Model, held_out: Dataset) -> dict[str, dict[str, float]]:
     """The active adapter of `model`, the bundled base in NF4, merged in each of WAYS: -> {way: {"loss": on `held_out`,
     "error": the distance from the weights that were trained, as a multiple of the adapter's change}}.
 
     Before them comes "adapter", kept separate, and after them "none", the base alone.
     """
+    active = model.active
+    assert active is not None
     rows = {"adapter": {"loss": evaluate(model, held_out).loss, "error": 0.0}}
     for way, (_, into, dtype) in WAYS.items():
         merged, _, _ = bundled()
-        error = merge_in_memory(merged, model.adapters, into, dtype)
+        error = merge_in_memory(merged, {active: model.adapters[active]}, into, dtype)
         rows[way] = {"loss": evaluate(merged, held_out).loss, "error": error}
-    active = model.active
     model.set_adapter(None)
     rows["none"] = {"loss": evaluate(model, held_out).loss, "error": 1.0}
     model.set_adapter(active)
@@ -129,10 +142,17 @@ def modularity(
         config = training_config(steps if domain == "docstrings" else math.ceil(steps / 3), seed)
         with progress(domain, config.steps, quiet) as bar:
             train(model, text, config, on_step=bar)
-    losses = {}
-    for adapter in (None, *domains):
+    return losses_of_each(model, {domain: unseen for domain, (_, unseen) in domains.items()})
+
+
+def losses_of_each(model: Model, domains: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
+    """The base alone ("none") and with each of its adapters, on the held-out text of each domain: -> {adapter: {domain:
+    loss}}. The active adapter stays what it was."""
+    active, losses = model.active, {}
+    for adapter in (None, *model.adapters):
         model.set_adapter(adapter)
-        losses[adapter or "none"] = {domain: evaluate(model, unseen).loss for domain, (_, unseen) in domains.items()}
+        losses[adapter or "none"] = {domain: evaluate(model, unseen).loss for domain, unseen in domains.items()}
+    model.set_adapter(active)
     return losses
 
 

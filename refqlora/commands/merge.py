@@ -103,6 +103,37 @@ def merge_in_memory(model: Model, adapters: Mapping[str, Adapter], into: str, dt
     return errors.facts()["all"][{"nf4": "requantised"}.get(into, into)]
 
 
+def kept_in_4_bits(model: Model, adapters: Mapping[str, Adapter]) -> dict[str, float]:
+    """What is left of adapters that learnt on NF4 when `model`, dense, is quantised again with them merged, over all
+    its linears. With D = s B A, the change that was learnt, and R the change of the dequantised weights:
+
+        change      ||D|| / ||Q(W)||
+        codes       the fraction of the weights whose 4-bit code changes
+        kept        <R, D> / ||D||^2: R in the direction of D, in units of D; the rest of R is noise
+        error       ||R - D|| / ||D||, as elsewhere here; noise makes it large even if all of D is kept
+    """
+    merging = Model(model.config, model.params, model.dtype)
+    merging.adapters = dict(adapters)
+    norms = dict.fromkeys(("weight", "change", "kept", "error"), 0.0)
+    changed = codes = 0
+    for linear in model.config.linears():
+        merged, before = merged_weights(merging, linear), _nf4(model.params[linear + ".weight"], linear)
+        w = dequantize(before, model.dtype)  # (out, in)
+        change, left = merged.trained - w, dequantize(merged.requantised, model.dtype) - w
+        pairs = {"weight": (w, w), "change": (change, change), "kept": (left, change), "error": (left - change,) * 2}
+        for what, (x, y) in pairs.items():
+            norms[what] += float(np.einsum("oi,oi->", x, y, dtype=np.float64))
+        different = before.packed ^ merged.requantised.packed  # two codes a byte
+        changed += int((different >> 4 != 0).sum() + (different & 15 != 0).sum())
+        codes += w.size
+    return {
+        "change": (norms["change"] / norms["weight"]) ** 0.5,
+        "codes": changed / codes,
+        "kept": norms["kept"] / norms["change"],
+        "error": (norms["error"] / norms["change"]) ** 0.5,
+    }
+
+
 class Merged(NamedTuple):
     """One linear's weight (out, in) with all of a model's adapters, merged in each way."""
 

@@ -18,7 +18,10 @@ from .backward import backward_figure
 from .bit_budget import bit_budget_figure, budgets
 from .blocks import block_errors, blocks_figure
 from .codebooks import codebooks_figure, four_bit_codebooks
+from .domains import domains_figure
 from .error_bits import error_bits_figure
+from .forgetting import forgetting_figure
+from .merging import merging_figure
 from .methods import method_bytes, methods_figure
 from .nf4 import nf4_figure, nf4_quantiles
 from .path import bundled_block, path_figure
@@ -98,6 +101,20 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
     "backward.svg": (
         "The backward pass of a decoder layer: the shapes, what is kept for it, and which parts get gradients.",
         lambda facts: backward_figure(),
+    ),
+    "domains.svg": (
+        "Two adapters on one quantised base: each is good at its own domain, and the base is itself when both are off.",
+        lambda facts: domains_figure(facts["modularity"]),
+    ),
+    "forgetting.svg": (
+        "What each method learns of a new task and forgets of the old one, by rank; an adapter that is off forgets "
+        "nothing.",
+        lambda facts: forgetting_figure(facts["methods"]),
+    ),
+    "merging.svg": (
+        "An adapter merged in four ways: how far the weights end from those that were trained, and what it costs in "
+        "loss.",
+        lambda facts: merging_figure(facts["merging"]),
     ),
     "rounding.svg": (
         "The same 4,096 products added in float32 in four orders: how far 500 such sums are from float64.",

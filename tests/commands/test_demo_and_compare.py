@@ -281,6 +281,25 @@ def test_the_comparison_has_every_method_and_rank(base, tmp_path):
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == facts
 
 
+def test_of_several_adapters_the_active_one_is_merged(base):
+    model, tokenizer, eos = demo.bundled(quantize="nf4")
+    _, held_out = demo.docstring_task(tokenizer, eos)
+    for seed, name in enumerate(("one", "other")):
+        model.add_adapter(name, rank=2, seed=seed)
+        for p in model.trainable().values():
+            p += np.float32(0.05) * np.random.default_rng(seed).standard_normal(p.shape, np.float32)
+    losses = compare.losses_of_each(model, {"docstrings": held_out})
+    assert list(losses) == ["none", "one", "other"]
+    assert model.active == "other"
+    for name in ("one", "other"):
+        model.set_adapter(name)
+        merging = compare.merging_losses(model, held_out)
+        assert model.active == name
+        assert merging["adapter"]["loss"] == losses[name]["docstrings"] == evaluate(model, held_out).loss
+        assert merging["dequantised"]["loss"] == pytest.approx(losses[name]["docstrings"], rel=1e-6)
+        assert merging["none"]["loss"] == losses["none"]["docstrings"]
+
+
 # ---- pretraining ----
 
 

@@ -126,6 +126,49 @@ def test_what_requantising_erases(base, tmp_path):
     assert small["all"]["original"] > 1 > large["all"]["original"]
 
 
+def test_what_4_bits_keep(base, tmp_path):
+    """By its definition, on one matrix with all linears' weights; and noise makes an error of what is kept in full."""
+    adapter = trained(base, tmp_path / "a", size=0.05)
+    model = with_adapter(base, adapter, nf4=False)
+    names = [linear + ".weight" for linear in model.config.linears()]
+    q = [rq.quantize(model.params[name]) for name in names]
+    learnt = [rq.dequantize(w) + _change(model, name) for w, name in zip(q, names, strict=True)]
+    again = [rq.quantize(w) for w in learnt]
+    before, trained_to, after = (
+        np.concatenate([w.ravel() for w in ws]).astype(np.float64)
+        for ws in ([*map(rq.dequantize, q)], learnt, [*map(rq.dequantize, again)])
+    )
+    change, left = trained_to - before, after - before
+    kept = merge.kept_in_4_bits(model, model.adapters)
+    assert kept["change"] == pytest.approx(np.linalg.norm(change) / np.linalg.norm(before), rel=1e-5)
+    assert kept["kept"] == pytest.approx(left @ change / (change @ change), rel=1e-4)
+    assert kept["error"] == pytest.approx(np.linalg.norm(left - change) / np.linalg.norm(change), rel=1e-4)
+    codes = (
+        [np.stack([w.packed >> 4, w.packed & 15]) for w in q],
+        [np.stack([w.packed >> 4, w.packed & 15]) for w in again],
+    )
+    different = sum(int((a != b).sum()) for a, b in zip(*codes, strict=True))
+    assert kept["codes"] == different / len(before) > 0.01
+    noise = np.linalg.norm(left - kept["kept"] * change) / np.linalg.norm(change)
+    assert kept["error"] ** 2 == pytest.approx((1 - kept["kept"]) ** 2 + noise**2, rel=1e-4)
+
+
+def _change(model, name):
+    lora = model.adapters[model.active].lora(name.removesuffix(".weight"))
+    return lora.scale * lora.B @ lora.A
+
+
+def test_4_bits_keep_large_changes_only(base, tmp_path):
+    small, large = (
+        merge.kept_in_4_bits(model, model.adapters)
+        for size in (0.001, 0.3)
+        for model in [with_adapter(base, trained(base, tmp_path / f"{size}", size=size), nf4=False)]
+    )
+    assert small["codes"] < 0.001 < 0.5 < large["codes"]
+    assert abs(small["kept"]) < 0.1 < 0.95 < large["kept"] < 1.05
+    assert small["error"] > 0.9 > large["error"]
+
+
 def test_several_adapters_add_up(base, tmp_path):
     one, two = (trained(base, tmp_path / str(seed), seed=seed, dora=seed == 1) for seed in (0, 1))
     merge_model(base, [one, two], tmp_path / "out", trained_on_nf4=False)
