@@ -19,8 +19,9 @@ NOT_FILES = ["*/*", *(f"*{suffix}" for suffix in PICKLED)]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
-def model_directory(model: str | Path) -> Path:
-    """`model` itself if it is a directory, else the directory of the hub's model with that id, downloaded.
+def model_directory(model: str | Path, weights: bool = True) -> Path:
+    """`model` itself if it is a directory, else the directory of the hub's model with that id, downloaded; without
+    `weights` only its config.json is.
 
     huggingface_hub downloads it into its cache (HF_HOME), with its progress bars, and finds it there the next time,
     offline too (HF_HUB_OFFLINE=1). Raises FileNotFoundError, ValueError or OSError that says in one line what to do if
@@ -36,10 +37,10 @@ def model_directory(model: str | Path) -> Path:
     match = _ID.fullmatch(str(model).replace(os.sep, "/"))
     if match is None:
         raise FileNotFoundError(f"{path}: no such directory (a model on the Hugging Face hub is written org/name)")
-    return _download(match["repo"], match["revision"])
+    return _download(match["repo"], match["revision"], weights)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     asked = repo + (f"@{revision}" if revision else "")
     try:
         from huggingface_hub import errors, snapshot_download  # here, as it takes half a second
@@ -51,7 +52,11 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         path = Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=FILES, ignore_patterns=NOT_FILES, repo_type="model"
+                repo,
+                revision=revision,
+                allow_patterns=FILES if weights else ["config.json"],
+                ignore_patterns=NOT_FILES,
+                repo_type="model",
             )
         )
     except errors.GatedRepoError:
@@ -74,7 +79,7 @@ def _download(repo: str, revision: str | None) -> Path:
         raise ValueError(f"{asked}: neither a directory nor the id of a model: {_first_line(error)}") from None
     except Exception as error:  # its own errors, those of the library beneath it, and the system's
         raise OSError(f"{asked}: the download failed ({_first_line(error)}): {elsewhere}") from None
-    if not any(path.glob("model*.safetensors")):
+    if weights and not any(path.glob("model*.safetensors")):
         raise FileNotFoundError(
             f"{asked}: contains no *.safetensors; if you trust its pickled weights, transformers converts them: "
             f'AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained(OUT)'
