@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..config import Config
 from ..files.config_json import config_from_dict, read_config
 from ..files.hub import BUNDLED, model_directory
 from ..files.reading import read_json
+from ..lora_config import LoraConfig
+from ..quantization import quantized_nbytes
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -65,6 +68,31 @@ def model_config(model: str | Path) -> Config:
         f"{cut(str(model), 60)}: no such model, file or directory; known models: {', '.join(near)}; any other is given "
         "by its config.json, its directory or its id on the Hugging Face hub, org/name"
     )
+
+
+def parameter_count(config: Config) -> int:
+    """P, all parameters of a model; a head that is the embedding counts once."""
+    return sum(math.prod(shape) for shape in config.shapes().values())
+
+
+def adapter_size(config: Config, rank: int, targets: str | tuple[str, ...] = "all-linear") -> int:
+    """Parameters of A and B on each linear that `targets` match: the sum of r (in + out)."""
+    shapes = config.shapes()
+    linears = LoraConfig(rank=rank, targets=targets).matches(config.linears())
+    return sum(rank * sum(shapes[name + ".weight"]) for name in linears)
+
+
+def linear_sizes(config: Config) -> list[int]:
+    """Elements of each linear's weight: what QLoRA quantises."""
+    shapes = config.shapes()
+    return [math.prod(shapes[name + ".weight"]) for name in config.linears()]
+
+
+def base_bytes(config: Config, double_quant: bool = True, itemsize: int = 2) -> int:
+    """The base as QLoRA holds it: linears in 4 bits with their constants, all else at `itemsize` bytes."""
+    sizes = linear_sizes(config)
+    rest = parameter_count(config) - sum(sizes)
+    return sum(quantized_nbytes(n, double_quant=double_quant) for n in sizes) + itemsize * rest
 
 
 def _config(d: Mapping[str, Any], where: str) -> Config:

@@ -1,7 +1,6 @@
 """The built-in models: each has as many parameters as were published, and other models are found or refused by name."""
 
 import json
-import math
 
 import huggingface_hub
 import pytest
@@ -9,16 +8,12 @@ import tiny
 
 from refqlora.config import Config
 from refqlora.files.config_json import config_from_dict, config_to_dict
-from refqlora.memory.models import known_models, model_config
-
-
-def parameters(config):
-    return sum(math.prod(shape) for shape in config.shapes().values())
+from refqlora.memory.models import known_models, model_config, parameter_count
 
 
 @pytest.mark.parametrize("name", known_models())
 def test_each_model_has_as_many_parameters_as_were_published(name):
-    published, counted = known_models()[name].parameters, parameters(model_config(name))
+    published, counted = known_models()[name].parameters, parameter_count(model_config(name))
     if isinstance(published, int):
         assert counted == published
     else:
@@ -30,7 +25,7 @@ def test_the_count_notices_a_wrong_number():
     right = known_models()["qwen2.5-7b"]
     for key, wrong in (("num_key_value_heads", 7), ("intermediate_size", 18945), ("tie_word_embeddings", True)):
         config = config_from_dict(dict(right.config) | {key: wrong})
-        assert parameters(config) != right.parameters, key
+        assert parameter_count(config) != right.parameters, key
 
 
 def test_the_families_that_were_promised_are_there():
