@@ -75,11 +75,10 @@ def parameter_count(config: Config) -> int:
     return sum(math.prod(shape) for shape in config.shapes().values())
 
 
-def adapter_size(config: Config, rank: int, targets: str | tuple[str, ...] = "all-linear") -> int:
-    """Parameters of A and B on each linear that `targets` match: the sum of r (in + out)."""
+def adapter_size(config: Config, lora: LoraConfig) -> int:
+    """Parameters of A and B on each linear that `lora` matches: the sum of r (in + out)."""
     shapes = config.shapes()
-    linears = LoraConfig(rank=rank, targets=targets).matches(config.linears())
-    return sum(rank * sum(shapes[name + ".weight"]) for name in linears)
+    return sum(lora.rank_of(name) * sum(shapes[name + ".weight"]) for name in lora.matches(config.linears()))
 
 
 def linear_sizes(config: Config) -> list[int]:

@@ -15,11 +15,13 @@ import numpy as np
 
 from ..codebooks import NF4, nearest
 from ..config import Config
+from ..lora_config import LoraConfig
 from ..quantization import quantized_nbytes
 from .models import adapter_size, base_bytes, model_config, parameter_count
 
 UNITS = {"": 1.0, "bits": 1.0, "times": 1.0, "M": 1e6, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20}
 LLAMAS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b")
+_ALL = LoraConfig(rank=64)  # on all linears, as Guanaco's
 _MANY = 64 * 256 * 1024  # elements in blocks without a remainder
 
 
@@ -117,7 +119,7 @@ def _qlora() -> Iterator[Claim]:
     )
     saved = base_bytes(large, double_quant=False) - base_bytes(large)
     yield _claim("which saves on 65B", "QLoRA, section 2", "0.373 n / 8", saved, 3, "GB", "")
-    full, adapter = parameter_count(large), adapter_size(large, 64)
+    full, adapter = parameter_count(large), adapter_size(large, _ALL)
     yield _claim("16-bit fine-tuning of 65B: more than", "QLoRA, section 1", "(2 + 2 + 8) P", 12 * full, 780, "GB", "")
     yield _claim(
         "QLoRA of 65B: less than", "QLoRA, section 1", "4.127 n / 8 + 2 (P - n) + (2 + 2 + 8) Σ r (in + out)",
@@ -150,7 +152,7 @@ def _figure_6() -> Iterator[Claim]:
             f"moments, {name}: two matrices of 4 D in the MLP", where, formula, 8 * two_matrices, theirs, "MiB"
         )
     for name, theirs in zip(LLAMAS, optimizer, strict=True):
-        size = 8 * adapter_size(model_config(name), 64)
+        size = 8 * adapter_size(model_config(name), _ALL)
         yield _claim(
             f"moments, {name}: its three matrices", where, "8 Σ r (in + out)", size, theirs, "MiB",
             "A slip: the figure counts an MLP of two matrices; LLaMA's has three, and its adapters are larger.",
@@ -169,7 +171,7 @@ def _guanaco() -> Iterator[Claim]:
         where = "QLoRA, table 1" + (" (5 GB in table 6)" if theirs == 6 else "")
         yield _claim(
             f"Guanaco on {name}", where, "4.127 n / 8 + 2 (P - n) + 2 Σ r (in + out)",
-            base_bytes(c) + 2 * adapter_size(c, 64), theirs, "GB",
+            base_bytes(c) + 2 * adapter_size(c, _ALL), theirs, "GB",
             "Weights and the adapter of r 64 in 16 bits; the paper does not say what else it counts.",
         )  # fmt: skip
 
@@ -198,7 +200,10 @@ def _introduction() -> Iterator[Claim]:
 def _benchmarks() -> Iterator[Claim]:
     """Exact counts from two benchmarks: PEFT's of MetaMathQA, and litgpt's tutorials/resource-tables.md."""
     c = model_config("llama-3.2-3b")
-    size, where = adapter_size(c, 32, ("q_proj", "v_proj")), "PEFT's MetaMathQA, lora--llama-3.2-3B-rank32"
+    size, where = (
+        adapter_size(c, LoraConfig(rank=32, targets=("q_proj", "v_proj"))),
+        "PEFT's MetaMathQA, lora--llama-3.2-3B-rank32",
+    )
     yield _claim("trainable", where, "Σ r (in + out)", size, 9_175_040)
     yield _claim("parameters in all", where, "P + Σ r (in + out)", parameter_count(c) + size, 3_221_924_864)
     yield _claim(

@@ -75,7 +75,9 @@ def test_sizes_are_those_of_a_real_model():
     model = rq.Model.from_config(small, 0)
     model.quantize()
     model.add_adapter(rank=3, targets=["q_proj", "down_proj"])
-    assert adapter_size(small, 3, ("q_proj", "down_proj")) == sum(p.size for p in model.trainable().values())
+    assert adapter_size(small, rq.LoraConfig(rank=3, targets=("q_proj", "down_proj"))) == sum(
+        p.size for p in model.trainable().values()
+    )
     held = sum(w.nbytes for w in model.params.values())
     assert base_bytes(small, itemsize=4) == held
     assert isinstance(held, int | np.integer)
