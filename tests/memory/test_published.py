@@ -1,5 +1,7 @@
 """Published measurements: each is told with its source and tier, and what the estimate is far off has a reason."""
 
+from dataclasses import replace
+
 import pytest
 
 from refqlora.memory.models import base_bytes, model_config
@@ -83,9 +85,14 @@ def test_what_is_said_of_the_outliers_is_so():
     assert inputs == pytest.approx(1.6e9, rel=0.01)
 
 
-def test_four_bits_with_the_upcast_need_more_than_four_bits_and_than_the_derivation():
+def test_four_bits_with_the_upcast_need_more_than_without():
     lora, qlora, upcast = (of(USUAL, f"Ministral-8B, {name}") for name in ("LoRA", "QLoRA", "QLoRA, upcast"))
     assert qlora.estimate.expected < upcast.estimate.expected
+    under_autocast = [
+        estimate(replace(c.measurement.setup, autocast=True, holds_output=False)).total().expected / 1e9
+        for c in (lora, qlora, upcast)
+    ]
+    assert under_autocast == pytest.approx([62, 45, 65], abs=0.6)
     assert qlora.measurement.nbytes < lora.measurement.nbytes < upcast.measurement.nbytes
 
 
