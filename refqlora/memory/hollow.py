@@ -218,7 +218,7 @@ class Hollow(NDArrayOperatorsMixin):
             return hollow(_product_shape(*inputs), np.result_type(*(x.dtype for x in inputs)))
         values = [x.value if isinstance(x, Hollow) else x if np.ndim(x) == 0 else None for x in inputs]
         value = None if any(value is None for value in values) else ufunc(*values)
-        kinds = tuple(type(x) if isinstance(x, bool | int | float) else x.dtype for x in inputs)
+        kinds = tuple(type(x) if type(x) in (bool, int, float) else x.dtype for x in inputs)
         dtype = ufunc.resolve_dtypes((*kinds, *[None] * ufunc.nout))[-1]
         return hollow(np.broadcast_shapes(*(getattr(x, "shape", ()) for x in inputs)), dtype, value)
 
@@ -305,6 +305,11 @@ def _take(x: Any, index: Any, out: Any = None, mode: str = "raise") -> Hollow:
     return hollow((*index.shape, *x.shape[1:]), x.dtype) if out is None else out
 
 
+def _triangle(x: Any, k: int = 0) -> Hollow:
+    _mask = _like(x, np.bool_)  # which elements stay, as NumPy has it for a moment
+    return _like(x)
+
+
 def as_hollow(x: Any, dtype: Any = None) -> Hollow:
     """A hollow array of the shape of x; x itself if it is one."""
     if isinstance(x, Hollow):
@@ -321,8 +326,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.split: _split,
     np.take: _take,
     np.flatnonzero: lambda x: hollow((x.size if x.all() else 0,), np.intp),
-    np.triu: lambda x, k=0: _like(x),
-    np.tril: lambda x, k=0: _like(x),
+    np.triu: _triangle,
+    np.tril: _triangle,
     np.dot: lambda a, b: 1.0,
 }
 
