@@ -1,4 +1,4 @@
-"""What is predicted of a step is what is measured: to the byte between steps, and at the peak but for Python's objects."""
+"""What is predicted of a step is what is measured: to the byte between steps, and at the peak but for Python itself."""
 
 import hypothesis
 import numpy as np
