@@ -16,13 +16,13 @@ MORE = "What was measured is drawn from a run of `refqlora compare`: the one tha
 def add(options: argparse.ArgumentParser) -> None:
     out_option(options, "figures")
     options.add_argument(
-        "--measured", type=Path, default=MEASURED, metavar="FILE", help="compare.json of a run (default: refqlora's)"
+        "--measured", type=Path, metavar="FILE", help="compare.json of a run of your own (default: refqlora's)"
     )
     json_option(options)
 
 
 def run(a: argparse.Namespace) -> None:
-    facts = measured(a.measured)
+    facts = measured(a.measured or MEASURED)
     a.out.mkdir(parents=True, exist_ok=True)
     for name, (_, draw) in GALLERY.items():
         write_figure(a.out / name, draw(facts))
