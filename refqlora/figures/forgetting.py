@@ -63,7 +63,8 @@ def factor_figure(losses: Mapping[float, Mapping[str, float]], factor: float, sa
         axes.plot(factors, y, "o-", color=color, markersize=4)
         at = factor, losses[factor][task]
         axes.plot(*at, "o", color=color, markersize=10)
-        number = axes.annotate(f"{at[1]:.2f}", at, (0, 9), textcoords="offset points", ha="center")
+        away = 9 if at[1] == max(losses[factor].values()) else -20  # points above or below: the two may be close
+        number = axes.annotate(f"{at[1]:.2f}", at, (0, away), textcoords="offset points", ha="center")
         number.set(color=color, weight="bold")
         axes.annotate(task, (factors[-1], y[-1]), (8, 0), textcoords="offset points", color=color, va="center")
     axes.axvline(factor, color=INK, linewidth=0.8, linestyle=":")
