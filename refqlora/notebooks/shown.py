@@ -113,4 +113,4 @@ def _cell(value: Any) -> str:
 def picture(figure: Figure, alt: str) -> Shown:
     """A figure as a PNG, with the text `alt` for those who do not see it."""
     forms = {"image/png": drawn(figure, "png", dpi=100), "text/plain": alt}
-    return Shown(forms, {"image/png": {"alt": alt}})  # where nbconvert looks for it
+    return Shown(forms, {"image/png": {"alt": alt}})  # as IPython.display.Image keeps it
