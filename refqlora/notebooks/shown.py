@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """Something in the forms that a notebook may ask for: {MIME type: content}, with plain text always among them."""
+    """Something in the forms that a notebook may ask for: {MIME type: content}, with plain text always among them.
 
-    def __init__(self, forms: dict[str, Any]) -> None:
-        self.forms = forms
+    details: {MIME type: what is to be known about that form}, such as an image's "alt".
+    """
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        return self.forms
+    def __init__(self, forms: dict[str, Any], details: dict[str, Any] | None = None) -> None:
+        self.forms, self.details = forms, details or {}
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
+        return self.forms, self.details
 
     def __repr__(self) -> str:
         return self.forms["text/plain"]
@@ -125,4 +128,5 @@ def _cell(value: Any) -> str:
 
 def picture(figure: Figure, alt: str) -> Shown:
     """A figure as a PNG, with the text `alt` for those who do not see it."""
-    return Shown({"image/png": drawn(figure, "png", dpi=100), "text/plain": alt})
+    forms = {"image/png": drawn(figure, "png", dpi=100), "text/plain": alt}
+    return Shown(forms, {"image/png": {"alt": alt}})  # as IPython.display.Image keeps it

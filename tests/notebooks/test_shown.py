@@ -46,7 +46,9 @@ def test_a_table_without_rows():
 
 def test_a_picture_has_its_words():
     shown = picture(methods_figure(method_bytes()), "three methods")
-    assert shown._repr_mimebundle_()["image/png"].startswith(b"\x89PNG")
+    forms, details = shown._repr_mimebundle_()
+    assert forms["image/png"].startswith(b"\x89PNG")
+    assert details == {"image/png": {"alt": "three methods"}}
     assert repr(shown) == "three methods"
 
 
