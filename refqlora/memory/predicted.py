@@ -12,9 +12,9 @@ from ..model import Model
 from ..optim import AdamW
 from ..quantization import QuantizedTensor
 from .held import kept, training_bytes, weight_category
-from .hollow import Made, Record, hollow, hollow_like, recording
+from .hollow import Made, Record, hollow, recording
 from .ledger import CATEGORIES, Entry, Ledger
-from .setup import Setup, take_step
+from .setup import Setup, hollow_like, take_step
 
 Kept = dict[str, list[int]]  # {what: the numbers of its buffers, one a layer}
 _FUNCTIONS = {  # the category of what these functions allocate
