@@ -249,7 +249,7 @@ def forgotten_residual(of_mlp):
 
             def recording(norm, dy, of, _):
                 branches.append(norm(dy))
-                return branches[-1]
+                return branches[-1].copy()  # the backward adds to it
 
             in_layer(recording)(right)(config, i, dx, cache, *rest)
             return branches[-1]  # of the attention's norm, the last

@@ -172,7 +172,7 @@ def _raise(error: Exception) -> None:
 
 
 def judge_all(
-    kinds: dict[str, Kind], cases: Iterable[tuple[str, int]], seed: int, valid: Path, jobs: int = 2, limit: float = 10
+    kinds: dict[str, Kind], cases: Iterable[tuple[str, int]], seed: int, valid: Path, jobs: int = 2, limit: float = 30
 ) -> list[Result]:
     """Each case in one of `jobs` processes. One that takes more than `limit` seconds has failed, and its process is
     killed. A case is a function of the seed, its kind and its number."""

@@ -106,10 +106,8 @@ def main():
     each()
     worst = max(differences, key=lambda one: abs(one[0]))
     kinds = len(PERSISTENT) + 2
-    print(
-        f"{seen} random steps: in {equal}, each of up to {kinds} categories equals what is held, and what is held between"
-    )
-    print("steps equals what the allocator says, to the byte")
+    print(f"{seen} random steps: in {equal}, each of up to {kinds} categories equals what is held, to the byte,")
+    print("and what is held between steps equals what the allocator says")
     print(f"the peak: {100 * worst[0]:+.3f} % at worst, of {worst[1]:,} bytes")
     print(worst[2])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from rich.console import Console
 
 from ..backend import keep_freed_memory
 from ..files.writing import write_json
+from ..model import Model
+from ..optim import AdamW, clip_by_global_norm
 from ..text import corpus
-from ..text.dataset import Dataset
+from ..text.dataset import Dataset, batch_indices
 from ..text.encoding import pack
-from ..training import Row, TrainingConfig, evaluate, train
-from .demo import ADAPTER, bundled, docstring_task, measure_step, plain_source, training_config
+from ..training import Row, TrainingConfig, evaluate, loss_and_gradients, train
+from .demo import ADAPTER, TRAINING, bundled, docstring_task, measure_step, plain_source, training_config
 from .info import machine
 from .merge import merge_in_memory
 from .options import console, count, json_option, number_table, out_option, report, seed_option, show
@@ -26,8 +29,6 @@ from .progress import progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..model import Model
-
 RANKS = (1, 2, 4, 8, 16, 64)
 WAYS = {  # of merging: what the table says, merge.INTO's word, the dtype that the weights are rounded to
     "original": ("into the original weights", "original", "float32"),
@@ -35,6 +36,7 @@ WAYS = {  # of merging: what the table says, merge.INTO's word, the dtype that t
     "bfloat16": ("the same, rounded to bfloat16", "dequantised", "bfloat16"),
     "nf4": ("into 4 bits again", "nf4", "float32"),
 }
+TURNS = 25  # steps of each method that are timed
 FULL_LR = 2e-4  # full fine-tuning's learning rate: the best of 1e-4, 2e-4, 5e-4 and 1e-3 on this task
 
 
@@ -58,6 +60,8 @@ def compare(out: Path, console: Console, *, steps: int = 300, seed: int = 0) -> 
         rows.append(row)
         if (method, rank) == ("QLoRA", ADAPTER["rank"]):
             merging = merging_losses(model, held_out)
+    for row, seconds in zip(rows, seconds_in_turns(task, seed, min(steps, TURNS)), strict=True):
+        row["seconds_per_step"] = seconds
     show(console, methods_table(rows, steps))
     show(console, merging_table(merging))
     modular = modularity(task, held_out, steps, seed, console.quiet)
@@ -76,6 +80,31 @@ def _methods() -> Iterator[tuple[str, int | None]]:
             yield method, rank
 
 
+def _start(method: str, rank: int | None, seed: int) -> Model:
+    """The bundled base, to be trained in full, or with a new adapter."""
+    model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
+    if rank is not None:
+        model.add_adapter(rank=rank, alpha=2 * rank, seed=seed)
+    return model
+
+
+def seconds_in_turns(task: Dataset, seed: int, turns: int) -> list[float]:
+    """The seconds of a training step by each method: the median of `turns` steps. The methods take turns, so that what
+    else the machine does slows all of them alike."""
+    models = [_start(method, rank, seed) for method, rank in _methods()]
+    optimizers = [AdamW(model.trainable()) for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(turns):
+        tokens, labels = task.batch(batch_indices(len(task), TRAINING["batch_size"], turn, seed))
+        for model, optimizer, taken in zip(models, optimizers, seconds, strict=True):
+            begin = time.perf_counter()
+            _, grads = loss_and_gradients(model, tokens, labels)
+            clip_by_global_norm(grads, 1.0)
+            optimizer.step(grads)
+            taken.append(time.perf_counter() - begin)
+    return [float(np.median(taken)) for taken in seconds]
+
+
 def fine_tuned(
     method: str,
     rank: int | None,
@@ -86,19 +115,20 @@ def fine_tuned(
     on_step: Callable[[Row], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train the bundled base on `task`, in full or with an adapter of `rank` and alpha = 2 rank -> the model, and a row
-    of facts: bytes, seconds, and the losses before and after, on `held_out` (new) and on `source` (old)."""
-    model, _, _ = bundled(quantize="nf4" if method == "QLoRA" else None)
+    of facts: bytes, learning rate, and the losses before and after, on `held_out` (new) and on `source` (old)."""
+    model = _start(method, rank, config.seed)
+    active = model.active
+    model.set_adapter(None)
     old, new = evaluate(model, source).loss, evaluate(model, held_out).loss
-    if rank is not None:
-        model.add_adapter(rank=rank, alpha=2 * rank, seed=config.seed)
+    model.set_adapter(active)
     nbytes = measure_step(model, task)
-    log = train(model, task, config, on_step=on_step)
+    train(model, task, config, on_step=on_step)
     return model, {
         "method": method,
         "rank": rank,
         "trainable": sum(p.size for p in model.trainable().values()),
         "bytes": nbytes["total"],
-        "seconds_per_step": float(np.median([row["seconds"] for row in log])),
+        "lr": config.lr,
         "new_before": new,
         "new_after": evaluate(model, held_out).loss,
         "old_before": old,
@@ -158,12 +188,13 @@ def losses_of_each(model: Model, domains: Mapping[str, Dataset]) -> dict[str, di
 
 def methods_table(rows: list[dict[str, Any]], steps: int) -> Table:
     title = f"{steps} steps on docstrings; held-out losses in nats a token"
-    columns = ("r", "trainable", "bytes*", "s/step", "new task", "change", "old task", "forgotten")
+    columns = ("r", "lr", "trainable", "bytes*", "s/step", "new task", "change", "old task", "forgotten")
     table = number_table(title, "method", *columns)
     for row in rows:
         table.add_row(
             row["method"],
             "" if row["rank"] is None else str(row["rank"]),
+            f"{row['lr']:g}",
             f"{row['trainable']:,}",
             f"{row['bytes']:,}",
             f"{row['seconds_per_step']:.3f}",

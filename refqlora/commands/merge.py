@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 INTO = {"original": "the original weights", "dequantised": "the dequantised base", "nf4": "4 bits again"}
-ERASED = 0.5  # the error from which on requantising erases the adapter
+KEPT = 0.5  # the part of its change that an adapter must keep in 4 bits; with less it is called erased
 
 
 def merge_model(
@@ -85,7 +85,7 @@ def merge_model(
         pretrained.save(new, model.config, model.params, stored, base=base)
     facts = errors.facts() | {"into": into, "dtype": stored.name, "trained_on_nf4": trained_on_nf4}
     use = f"refqlora generate --model {shlex.quote(str(out))}{'' if into == 'nf4' else ' --no-quantize'} --prompt TEXT"
-    return facts | {"erased": facts["all"]["requantised"] >= ERASED, "use": use}
+    return facts | {"erased": facts["all"]["kept"] < KEPT, "use": use}
 
 
 def merge_in_memory(model: Model, adapters: Mapping[str, Adapter], into: str, dtype: str = "float32") -> float:
@@ -212,10 +212,13 @@ class Errors:
             sums["linears"] += 1
             for what, x in found.items():
                 sums[what] += float(np.einsum("oi,oi->", x, x, dtype=np.float64))
+            along = np.einsum("oi,oi->", found["requantised"], found["change"], dtype=np.float64)
+            sums["along"] = sums.get("along", 0.0) + float(along)
 
     def facts(self) -> dict[str, Any]:
-        """For each kind, and for "all": the number of linears, the change relative to the weight, and the error of each
-        way relative to the change (None if nothing changed, or there is no original)."""
+        """For each kind, and for "all": the number of linears, the change relative to the weight, the error of each way
+        relative to the change (None if nothing changed, or there is no original), and what of the change 4 bits keep,
+        in its own direction."""
 
         def relative(sums: dict[str, float], what: str, to: str) -> float | None:
             return (sums[what] / sums[to]) ** 0.5 if what in sums and sums[to] else None
@@ -224,6 +227,7 @@ class Errors:
         for kind, sums in self.sums.items():
             rows[kind] = {"linears": sums["linears"], "change": relative(sums, "change", "weight")}
             rows[kind] |= {way: relative(sums, way, "change") for way in ("original", "dequantised", "requantised")}
+            rows[kind]["kept"] = 1 + sums["along"] / sums["change"] if sums["change"] else None
         return {"kinds": {kind: row for kind, row in rows.items() if kind != "all"}, "all": rows["all"]}
 
 
@@ -279,12 +283,12 @@ def run(a: argparse.Namespace) -> None:
         "to the adapter's change: at 0.01 a hundredth of the change is lost, at 1 all of it.",
     )
     if facts["erased"]:
-        error = facts["all"]["requantised"]
+        kept = max(0.0, facts["all"]["kept"])
         keep = "Keep it separate, or merge into 16 bits." if into == "nf4" else "Use the result with --no-quantize."
         show(
             out,
-            f"Warning: quantising again loses {'the' if error > 0.9 else 'much of the'} adapter (error {error:.2g}): "
-            f"its change is small compared with the steps between the codes. {keep}",
+            f"Warning: quantising again keeps {100 * kept:.0f} % of the adapter: its change is small compared with the "
+            f"steps between the codes. {keep}",
         )
     show(out, f"wrote {a.out}/: merged into {INTO[facts['into']]}, {facts['dtype']}")
     show(out, f"try it: {facts['use']}")

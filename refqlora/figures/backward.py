@@ -86,10 +86,10 @@ MLP = (
 
 @styled
 def backward_figure() -> Figure:
-    """A Llama's layer: its attention on the left, its MLP on the right. Solid arrows go up, forward; dashed ones come
-    down, backward, each with a gradient of the same shape. Frozen weights are blue, adapters orange."""
-    figure, panels = canvas(2 * WIDTH, TALL, columns=2)
-    halves = ("A decoder layer: attention ...", ATTENTION, "to the MLP"), ("... and MLP", MLP, "to the next layer")
+    """A Llama's layer: its MLP above its attention. Solid arrows go up, forward; dashed ones come down, backward, each
+    with a gradient of the same shape. Frozen weights are blue, adapters orange."""
+    figure, panels = canvas(WIDTH, 2 * TALL, rows=2)
+    halves = ("A decoder layer: the MLP", MLP, "to the next layer"), ("Below it: attention", ATTENTION, "to the MLP")
     for axes, (title, steps, after) in zip(panels, halves, strict=True):
         blank(axes, WIDTH, TALL)
         axes.text(0, TALL, title, va="top", fontsize=15, weight="bold")
@@ -100,7 +100,7 @@ def backward_figure() -> Figure:
             _arrows(axes, y + HEIGHT, y + PITCH, step.output)
             y += PITCH
         _residual(axes, y, after)
-    _legend(panels[1])
+    _legend(panels[0])
     for text in (*panels[0].texts, *panels[1].texts):
         text.set_in_layout(False)  # they fit the sheets, which would else be made smaller
     return figure

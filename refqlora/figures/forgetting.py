@@ -63,13 +63,16 @@ def factor_figure(losses: Mapping[float, Mapping[str, float]], factor: float, sa
         axes.plot(factors, y, "o-", color=color, markersize=4)
         at = factor, losses[factor][task]
         axes.plot(*at, "o", color=color, markersize=10)
-        number = axes.annotate(f"{at[1]:.2f}", at, (0, 9), textcoords="offset points", ha="center")
+        lower = at[1] == min(losses[factor].values())  # its number stands below the point, so that two do not meet
+        offset = (0, -20) if lower else (0, 9)
+        number = axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center")
         number.set(color=color, weight="bold")
         axes.annotate(task, (factors[-1], y[-1]), (8, 0), textcoords="offset points", color=color, va="center")
     axes.axvline(factor, color=INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="factor of the adapter's change: 0 is the base, 1 as trained", ylabel="held-out loss")
     figure.suptitle(f"The adapter times {factor:g}", x=0.02, ha="left", size=13, weight="bold")
+    said = said if len(said) <= 64 else f"{said[:63]}…"
     axes.set_title(said, size=11, weight="normal", family="monospace", parse_math=False, x=-0.08)
-    axes.margins(y=0.15)
+    axes.margins(y=0.2)
     axes.grid(axis="y")
     return figure

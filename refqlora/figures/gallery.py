@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backend import Array
+from ..checks import shown
 from ..files.hub import BUNDLED
 from ..files.reading import read_json
 from ..quantization_error import error_by_bits
@@ -123,9 +124,28 @@ GALLERY: dict[str, tuple[str, Callable[[Facts], Figure]]] = {
 }
 
 
+NUMBERS = ("trainable", "new_before", "new_after", "old_before", "old_after")  # what the pictures show of a method
+
+
 def measured(path: Path = MEASURED) -> dict[str, Any]:
-    """The facts in a compare.json. Raises ValueError or FileNotFoundError that names the file."""
-    return read_json(path)
+    """The facts in a compare.json. Raises ValueError or FileNotFoundError that names the file and the field."""
+    facts = read_json(path)
+    for name, kind in {"methods": list, "merging": dict, "modularity": dict}.items():
+        if not isinstance(facts.get(name), kind) or not facts[name]:
+            raise ValueError(f"{path}: {name}: expected what `refqlora compare` writes, got {shown(facts.get(name))}")
+    for i, row in enumerate(facts["methods"]):
+        for name in NUMBERS:
+            if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
+                got = shown(row.get(name)) if isinstance(row, dict) else shown(row)
+                raise ValueError(f"{path}: methods[{i}]: {name}: expected a number, got {got}")
+        if row.get("method") not in ("full", "LoRA", "QLoRA") or not isinstance(row.get("rank"), int | None):
+            raise ValueError(f"{path}: methods[{i}]: expected a method and its rank, got {shown(row)}")
+    for name, width in (("merging", {"loss", "error"}), ("modularity", None)):
+        for key, row in facts[name].items():
+            good = isinstance(row, dict) and all(isinstance(x, int | float) for x in row.values())
+            if not good or (width is not None and set(row) != width):
+                raise ValueError(f"{path}: {name}: {key}: expected numbers by name, got {shown(row)}")
+    return facts
 
 
 def page() -> str:

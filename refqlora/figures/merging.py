@@ -29,22 +29,21 @@ def merging_figure(rows: Mapping[str, Mapping[str, float]]) -> Figure:
     ways = [way for way in NAMES if way in rows]
     y = range(len(ways))
     colors = [FROZEN if way == "none" else INK if way == "adapter" else TRAINED for way in ways]
-    figure, (left, right) = canvas(9.5, 4, columns=2, sharey=True)
+    figure, (upper, lower) = canvas(7, 6, rows=2, sharey=True)
     errors, losses = ([rows[way][what] for way in ways] for what in ("error", "loss"))
-    left.barh(y, errors, 0.6, color=colors)
-    left.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-    right.hlines(y, losses[0], losses, color=colors, linewidth=3)
-    right.scatter(losses, y, s=70, color=colors, zorder=3)
-    right.axvline(losses[0], color=INK, linewidth=0.8, linestyle=":")
-    for axes, values, form in ((left, errors, "{:#.2g}"), (right, losses, "{:.3f}")):
+    upper.barh(y, errors, 0.6, color=colors)
+    upper.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+    lower.hlines(y, losses[0], losses, color=colors, linewidth=3)
+    lower.scatter(losses, y, s=70, color=colors, zorder=3)
+    lower.axvline(losses[0], color=INK, linewidth=0.8, linestyle=":")
+    for axes, values, form in ((upper, errors, "{:#.2g}"), (lower, losses, "{:.3f}")):
         for i, value in enumerate(values):
             axes.annotate(form.format(value), (value, i), (9, 0), textcoords="offset points", va="center")
         axes.margins(x=0.2)
-    left.set(xlabel="distance, in adapter's changes", yticks=y, yticklabels=[NAMES[way] for way in ways])
-    left.set_title("Distance from what was trained")
-    left.set_xlim(0)
-    left.invert_yaxis()
-    right.set_xlabel("nats a token")
-    right.set_title("Held-out loss")
-    right.tick_params(left=False)
+    upper.set(xlabel="distance, in adapter's changes", yticks=y, yticklabels=[NAMES[way] for way in ways])
+    upper.set_title("Distance from what was trained")
+    upper.set_xlim(0)
+    upper.invert_yaxis()
+    lower.set_xlabel("nats a token")
+    lower.set_title("Held-out loss")
     return figure

@@ -35,27 +35,27 @@ def methods_figure(held: Mapping[str, Mapping[str, int]], rank: int = RANK) -> F
     """
     from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-    figure, panels = canvas(11, 5.2, columns=3)
+    figure, panels = canvas(7.5, 5.2, columns=3)
     most = sum(held["full fine-tuning"].values())
     for axes, (method, parts) in zip(panels, held.items(), strict=True):
-        axes.set(xlim=(0, 10), ylim=(0, 10))
+        axes.set(xlim=(0, 10), ylim=(-1.2, 10))
         axes.axis("off")
-        axes.text(5, 9.55, method, ha="center", fontsize=17, weight="bold", color=INK)
+        axes.text(5, 9.55, method, ha="center", fontsize=15, weight="bold", color=INK)
 
         def arrow(start: tuple[float, float], end: tuple[float, float], axes: object = axes) -> None:
             axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=INK, lw=1.4))  # type: ignore[attr-defined]
 
         full, quantized = method == "full fine-tuning", method == "QLoRA"
         x = 5.0 if full else 3.2  # of W's middle
-        axes.text(5, 3.05, "x", ha="center", va="center", fontsize=15, style="italic", color=INK)
-        axes.text(5, 8.75, "y", ha="center", va="center", fontsize=15, style="italic", color=INK)
+        axes.text(5, 3.05, "x", ha="center", va="center", fontsize=14, style="italic", color=INK)
+        axes.text(5, 8.75, "y", ha="center", va="center", fontsize=14, style="italic", color=INK)
         axes.add_patch(Rectangle((x - 1.6, 4.3), 3.2, 3.2, facecolor=TRAINED if full else FROZEN, edgecolor=INK))
         if quantized:
             for i in range(1, 8):  # a grid: 4-bit codes
                 axes.plot([x - 1.6 + 0.4 * i] * 2, [4.3, 7.5], color="white", lw=0.8)
                 axes.plot([x - 1.6, x + 1.6], [4.3 + 0.4 * i] * 2, color="white", lw=0.8)
         said = "trained" if full else "4 bits" if quantized else "frozen"
-        label = axes.text(x, 5.9, f"W\n{said}", ha="center", va="center", fontsize=13, color="white", weight="bold")
+        label = axes.text(x, 5.9, f"W\n{said}", ha="center", va="center", fontsize=12, color="white", weight="bold")
         if quantized:
             label.set_bbox({"facecolor": FROZEN, "edgecolor": "none", "pad": 3})
         arrow((4.8, 3.3), (x, 4.3)) if not full else arrow((5, 3.35), (5, 4.3))
@@ -66,8 +66,8 @@ def methods_figure(held: Mapping[str, Mapping[str, int]], rank: int = RANK) -> F
                 below, above = (1.5, 0.55) if wide_below else (0.55, 1.5)
                 corners = [(7.6 - below, low), (7.6 + below, low), (7.6 + above, low + 1.5), (7.6 - above, low + 1.5)]
                 axes.add_patch(Polygon(corners, facecolor=TRAINED, edgecolor=INK))
-                axes.text(7.6, low + 0.75, name, ha="center", va="center", fontsize=13, color="white", weight="bold")
-            axes.text(9.25, 5.9, f"r = {rank}", ha="center", va="center", fontsize=11, color=INK)
+                axes.text(7.6, low + 0.75, name, ha="center", va="center", fontsize=12, color="white", weight="bold")
+            axes.text(10, 3.15, f"r = {rank}", ha="right", va="center", color=INK)
             arrow((5.2, 3.3), (7.6, 4.3))
             arrow((x, 7.5), (4.75, 8.4))
             arrow((7.6, 7.5), (5.25, 8.4))
@@ -84,6 +84,6 @@ def methods_figure(held: Mapping[str, Mapping[str, int]], rank: int = RANK) -> F
             axes.add_patch(Rectangle((left, 1.55), 9.2 * size / most, 0.75, facecolor=colors[part], lw=0))
             left += 9.2 * size / most
         axes.text(0.4, 0.98, f"{total / 2**20:.1f} MiB", ha="left", va="center", fontsize=15, weight="bold", color=INK)
-        detail = ", ".join(f"{part} {size / 2**20:.3g}" for part, size in parts.items())
-        axes.text(0.4, 0.42, detail, ha="left", va="center", fontsize=9, color=INK)
+        detail = "\n".join(f"{part} {size / 2**20:.3g}" for part, size in parts.items())
+        axes.text(0.4, 0.6, detail, ha="left", va="top", color=INK)
     return figure

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -29,9 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.lib.stride_tricks import as_strided
-
-from ..model import Model
-from ..quantization import QuantizedTensor
 
 _PACKAGE = str(Path(__file__).parents[1])
 _OUTER = {"layer_forward", "layer_backward", "decoder_forward", "decoder_backward", "loss_and_gradients"}
@@ -218,7 +214,7 @@ class Hollow(NDArrayOperatorsMixin):
             return hollow(_product_shape(*inputs), np.result_type(*(x.dtype for x in inputs)))
         values = [x.value if isinstance(x, Hollow) else x if np.ndim(x) == 0 else None for x in inputs]
         value = None if any(value is None for value in values) else ufunc(*values)
-        kinds = tuple(type(x) if isinstance(x, bool | int | float) else x.dtype for x in inputs)
+        kinds = tuple(type(x) if type(x) in (bool, int, float) else x.dtype for x in inputs)
         dtype = ufunc.resolve_dtypes((*kinds, *[None] * ufunc.nout))[-1]
         return hollow(np.broadcast_shapes(*(getattr(x, "shape", ()) for x in inputs)), dtype, value)
 
@@ -243,27 +239,6 @@ def hollow(shape: tuple[int, ...], dtype: Any, value: Any = None) -> Hollow:
         step *= max(n, 1)
     nothing = np.frombuffer(_NOTHING, dtype, count=1)
     return Hollow(_Buffer(shape, dtype), as_strided(nothing, shape, tuple(reversed(strides))), value)
-
-
-def hollow_like(model: Model) -> Model:
-    """The model with its adapters, each array hollow."""
-
-    def like(weight: Any) -> Any:
-        if isinstance(weight, QuantizedTensor):
-            nested = None if weight.nested_absmax is None else as_hollow(weight.nested_absmax)
-            return replace(
-                weight, packed=as_hollow(weight.packed), absmax=as_hollow(weight.absmax), nested_absmax=nested
-            )
-        return as_hollow(weight)
-
-    def all_like(weights: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: like(weight) for name, weight in weights.items()}
-
-    copy = Model(model.config, all_like(model.params), model.dtype)
-    for name, adapter in model.adapters.items():
-        copy.adapters[name] = replace(adapter, params=all_like(adapter.params), residual=all_like(adapter.residual))
-    copy.active = model.active
-    return copy
 
 
 def _product_shape(a: Any, b: Any) -> tuple[int, ...]:
@@ -305,6 +280,11 @@ def _take(x: Any, index: Any, out: Any = None, mode: str = "raise") -> Hollow:
     return hollow((*index.shape, *x.shape[1:]), x.dtype) if out is None else out
 
 
+def _triangle(x: Any, k: int = 0) -> Hollow:
+    _mask = _like(x, np.bool_)  # which elements stay, as NumPy has it for a moment
+    return _like(x)
+
+
 def as_hollow(x: Any, dtype: Any = None) -> Hollow:
     """A hollow array of the shape of x; x itself if it is one."""
     if isinstance(x, Hollow):
@@ -321,8 +301,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.split: _split,
     np.take: _take,
     np.flatnonzero: lambda x: hollow((x.size if x.all() else 0,), np.intp),
-    np.triu: lambda x, k=0: _like(x),
-    np.tril: lambda x, k=0: _like(x),
+    np.triu: _triangle,
+    np.tril: _triangle,
     np.dot: lambda a, b: 1.0,
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ..model import Model
 from .predicted import step_bytes
+
+MANY = 64  # sequences at once, from which on the bytes are taken to grow by the same amount with each
 
 
 class Plan(NamedTuple):
@@ -26,8 +29,15 @@ def plan_step(
     length: tokens in the longest sequence. Gradients and AdamW's moments are counted, weights are not.
     """
 
-    def need(micro_batch: int, recompute: bool) -> int:
+    @functools.cache
+    def exact(micro_batch: int, recompute: bool) -> int:
         return step_bytes(model, length, batch, micro_batch, recompute)
+
+    def need(micro_batch: int, recompute: bool) -> int:
+        if micro_batch <= MANY:
+            return exact(micro_batch, recompute)
+        half, many = exact(MANY // 2, recompute), exact(MANY, recompute)
+        return many + (micro_batch - MANY) * (many - half) // (MANY - MANY // 2)
 
     return plan(need, batch, room, micro_batch, recompute)
 
@@ -43,8 +53,13 @@ def plan(
     sizes = [micro_batch or batch]
     while micro_batch is None and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    plans = [Plan(size, again, need(size, again)) for again in sorted({recompute, True}) for size in sizes]
-    return next((one for one in plans if one.nbytes <= room), min(plans, key=lambda one: one.nbytes))
+    plans = []
+    for again in sorted({recompute, True}):
+        for size in sizes:
+            plans.append(Plan(size, again, need(size, again)))
+            if plans[-1].nbytes <= room:
+                return plans[-1]
+    return min(plans, key=lambda one: one.nbytes)
 
 
 def size_text(nbytes: int) -> str:

@@ -12,9 +12,9 @@ from ..model import Model
 from ..optim import AdamW
 from ..quantization import QuantizedTensor
 from .held import kept, training_bytes, weight_category
-from .hollow import Made, Record, hollow, hollow_like, recording
+from .hollow import Made, Record, hollow, recording
 from .ledger import CATEGORIES, Entry, Ledger
-from .setup import Setup, take_step
+from .setup import Setup, hollow_like, take_step
 
 Kept = dict[str, list[int]]  # {what: the numbers of its buffers, one a layer}
 _FUNCTIONS = {  # the category of what these functions allocate
@@ -27,26 +27,16 @@ _FUNCTIONS = {  # the category of what these functions allocate
 }
 
 
-MANY = 64  # sequences at once, from which on the bytes grow by the same amount with each
-
-
 def step_bytes(model: Model, length: int, batch: int, micro_batch: int, recompute: bool = False) -> int:
     """The most that a training step of `model` holds besides the model itself: activations, gradients, AdamW's moments,
     tokens and labels. length: tokens a sequence; micro_batch of a batch's sequences go through the model at once."""
-
-    def peak(at_once: int) -> int:
-        with recording() as record:
-            copy = hollow_like(model)
-            own = record.live
-            shape = min(batch, 2 * at_once), length  # a third micro-batch is like the second
-            tokens, labels = hollow(shape, np.int64, 0), hollow(shape, np.int64, 0)
-            take_step(copy, AdamW(copy.trainable()), tokens, labels, at_once, recompute)
-            return record.peak - own - 2 * tokens.nbytes + 16 * batch * length
-
-    if micro_batch <= MANY:
-        return peak(micro_batch)
-    each = (peak(MANY) - peak(MANY // 2)) // (MANY // 2)
-    return peak(MANY) + (micro_batch - MANY) * each
+    with recording() as record:
+        copy = hollow_like(model)
+        own = record.live
+        shape = min(batch, 2 * micro_batch), length  # a third micro-batch is like the second
+        tokens, labels = hollow(shape, np.int64, 0), hollow(shape, np.int64, 0)
+        take_step(copy, AdamW(copy.trainable()), tokens, labels, micro_batch, recompute)
+        return record.peak - own - 2 * tokens.nbytes + 16 * batch * length
 
 
 def predict(setup: Setup) -> Ledger:

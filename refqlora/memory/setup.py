@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..model import Model
 from ..optim import AdamW, clip_by_global_norm
 from ..quantization import QuantizedTensor, quantize
 from ..training import loss_and_gradients
-from .hollow import hollow
+from .hollow import as_hollow, hollow
 
 METHODS = ("full", "lora", "qlora")
 _COUNT = whole(1, 2**31 - 1)
@@ -126,6 +126,27 @@ def take_step(
     clip_by_global_norm(grads, 1.0)
     optimizer.step(grads)
     return grads
+
+
+def hollow_like(model: Model) -> Model:
+    """The model with its adapters, each array hollow."""
+
+    def like(weight: Any) -> Any:
+        if isinstance(weight, QuantizedTensor):
+            nested = None if weight.nested_absmax is None else as_hollow(weight.nested_absmax)
+            return replace(
+                weight, packed=as_hollow(weight.packed), absmax=as_hollow(weight.absmax), nested_absmax=nested
+            )
+        return as_hollow(weight)
+
+    def all_like(weights: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: like(weight) for name, weight in weights.items()}
+
+    copy = Model(model.config, all_like(model.params), model.dtype)
+    for name, adapter in model.adapters.items():
+        copy.adapters[name] = replace(adapter, params=all_like(adapter.params), residual=all_like(adapter.residual))
+    copy.active = model.active
+    return copy
 
 
 class _Watched(Model):

@@ -26,8 +26,9 @@ def check(answer: Any, expected: Any, *arguments: Any, rtol: float = RTOL) -> Ve
     """Compare an answer with what is expected: a number, an array, or a tuple or dict of them.
 
     Either may be a function: it is called with `arguments`, of which it gets copies. Values may differ by `rtol` times
-    the largest expected one; integers, booleans and text must be equal. An answer that is still None, or a function
-    that returns None, has not been given. What the answer's function raises is said, not raised.
+    the largest expected one; integers, booleans and text must be equal. Several values may come as a tuple or a list.
+    An answer that is still None, or a function that returns None, has not been given. What the answer's function raises
+    is said, not raised.
 
         >>> x = np.arange(6.0).reshape(2, 3)
         >>> check(lambda x: x.T, np.transpose, x)
@@ -45,7 +46,8 @@ def check(answer: Any, expected: Any, *arguments: Any, rtol: float = RTOL) -> Ve
     except Exception as error:
         return Verdict(False, f"Not yet: it raises {type(error).__name__}: {error}")
     if given is None:
-        return Verdict(False, "Not answered yet: fill it in, and run the cell and this one again.")
+        fill = "make it return a value" if callable(answer) else "fill it in"
+        return Verdict(False, f"Not answered yet: {fill}, and run the cell and this one again.")
     fault = _fault(given, wanted, "", rtol)
     return Verdict(True, "Right.") if fault is None else Verdict(False, f"Not yet: {fault}")
 
@@ -60,11 +62,13 @@ def _fault(given: Any, wanted: Any, name: str, rtol: float) -> str | None:
     """What is wrong with the part `name` of an answer; None if it is right."""
     if isinstance(wanted, Mapping):
         if not isinstance(given, Mapping) or set(given) != set(wanted):
-            return f"expected a dict with the keys {', '.join(map(str, wanted))}."
+            found = f", got {', '.join(map(str, given)) or 'none'}" if isinstance(given, Mapping) else ""
+            return f"expected a dict with the keys {', '.join(map(str, wanted))}{found}."
         parts = [(key, given[key], wanted[key]) for key in wanted]
     elif isinstance(wanted, tuple):
-        if not isinstance(given, tuple) or len(given) != len(wanted):
-            got = f"{len(given)} values" if isinstance(given, tuple) else type(given).__name__
+        several = isinstance(given, tuple | list)
+        if not several or len(given) != len(wanted):
+            got = f"{len(given)}" if several else f"one {type(given).__name__}"
             return f"expected {len(wanted)} values, got {got}."
         parts = [(f"value {i + 1}", g, w) for i, (g, w) in enumerate(zip(given, wanted, strict=True))]
     else:
@@ -81,9 +85,10 @@ def _wrong_values(given: Any, wanted: Any, rtol: float) -> str | None:
         g, w = np.asarray(given), np.asarray(wanted)
         if g.shape != w.shape:
             return f"the shape is {g.shape}, expected {w.shape}."
+        if g.dtype.kind not in "iubf" and g.dtype.kind != w.dtype.kind:
+            return f"expected numbers, got {g.dtype if g.dtype.kind == 'c' else type(given).__name__}."
         if w.dtype.kind in "iub":
-            wrong = int((g != w).sum())
-            return None if not wrong else f"{wrong} of {w.size} values differ." if w.ndim else f"it is not {given}."
+            return _unequal(given, g, w)
         g, w = g.astype(np.float64), w.astype(np.float64)
     except (TypeError, ValueError):
         return f"expected numbers, got {type(given).__name__}."
@@ -93,10 +98,25 @@ def _wrong_values(given: Any, wanted: Any, rtol: float) -> str | None:
     if float(abs(g - w).max(initial=0.0)) <= rtol * largest:
         return None
     if not w.ndim:
-        return f"it is not {float(g):.6g}."
+        close = ", though that is near: give it without rounding" if abs(g - w) <= 1e-2 * abs(w) else ""
+        return f"it is not {float(g):.6g}{close}."
     if np.allclose(g, -w, rtol=0, atol=rtol * largest):
         return "the sign is wrong."
     factor = float((g * w).sum() / (w * w).sum()) if largest else 0.0
     if factor and np.allclose(g, factor * w, rtol=0, atol=rtol * abs(factor) * largest):
         return f"every value is {factor:.6g} times what it should be."
     return f"the largest difference is {abs(g - w).max():.3g}, where the largest value is {largest:.3g}."
+
+
+def _unequal(given: Any, g: np.ndarray, w: np.ndarray) -> str | None:
+    """What is wrong with values that must be equal."""
+    wrong = np.argwhere(g != w)
+    if not len(wrong):
+        return None
+    if not w.ndim:
+        return f"it is not {given}."
+    first = tuple(map(int, wrong[0]))
+    if g.dtype.kind == "f" and not (g == np.rint(g)).all():
+        return f"expected whole numbers, got {g[first]:.6g}."
+    at = first[0] if len(first) == 1 else first
+    return f"{len(wrong)} of {w.size} values differ, first at {at}: got {g[first]:g}, expected {w[first]:g}."

@@ -21,6 +21,8 @@ def slider(draw: Callable[..., Figure], alt: str, /, start: dict[str, Any], **ch
     """
     from IPython.display import display
 
+    if set(start) != set(choices):
+        raise ValueError(f"start: expected values for {', '.join(choices)}, got {', '.join(start)}")
     for name, values in choices.items():
         if start.get(name) not in values:
             raise ValueError(f"{name}: expected a start among {tuple(values)}, got {start.get(name)!r}")

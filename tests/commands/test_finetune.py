@@ -346,9 +346,9 @@ def test_a_step_is_made_to_fit(pairs, base, tmp_path, room):
 
 
 def test_layers_are_recomputed_where_nothing_else_fits(pairs, base, tmp_path, room):
-    room(500_000)
+    room(550_000)
     _, printed = go(pairs, tmp_path / "a", base, training={**TRAINING, "micro_batch_size": 1})
-    assert ", 1 at a time, each layer recomputed in the backward; 500 kB are free" in printed
+    assert ", 1 at a time, each layer recomputed in the backward; 550 kB are free" in printed
     room(10**9)
     go(pairs, tmp_path / "b", base, training={**TRAINING, "micro_batch_size": 1})
     a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")

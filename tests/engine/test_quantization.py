@@ -373,7 +373,7 @@ def test_elsewhere_than_on_a_cpu(monkeypatch):
     w = np.random.default_rng(0).standard_normal((37, 41)).astype(np.float16)
     on_cpu = {kind: quantize(w, codebook) for kind, codebook in CODEBOOKS.items()}
     back = {kind: dequantize(q) for kind, q in on_cpu.items()}
-    elsewhere = SimpleNamespace(**vars(np))
+    elsewhere = SimpleNamespace(**{**vars(np), "__name__": "cupy"})
     for name in ("refqlora.blockwise", "refqlora.quantization", "refqlora.codebooks"):
         monkeypatch.setattr(importlib.import_module(name), "array_module", lambda x: elsewhere)
     monkeypatch.setattr(blockwise, "CHUNK", None)

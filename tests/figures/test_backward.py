@@ -85,7 +85,7 @@ def test_the_arrows_have_the_shapes_of_what_flows(layer):
 
 def test_the_picture_shows_them():
     figure = backward_figure()
-    for axes, steps in zip(figure.axes, (ATTENTION, MLP), strict=True):
+    for axes, steps in zip(figure.axes, (MLP, ATTENTION), strict=True):
         texts = Counter(text.get_text() for text in axes.texts)
         for step in steps:
             lines = [step.name, step.output, step.backward, step.trained]

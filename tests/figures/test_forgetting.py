@@ -57,3 +57,8 @@ def test_the_factor_moves_the_points_and_not_the_curves():
         assert figure.get_suptitle() == f"The adapter times {factor:g}"
         assert figure.axes[0].get_title(loc="left") == "writes: $x$"
         assert picture(figure, "png")
+
+
+def test_what_is_said_is_cut():
+    figure = factor_figure({1: {"new": 2.0}}, 1, 80 * "x")
+    assert figure.axes[0].get_title(loc="left") == 63 * "x" + "…"

@@ -1,6 +1,7 @@
 """Every picture is drawn by one command, is the one that is committed, and comes out the same each time."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -70,3 +71,25 @@ def test_what_fails_leaves_the_old_figure(tmp_path, monkeypatch):
         write_figure(path, a_line())
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+SPOILT = [
+    (lambda facts: facts.clear(), "methods: expected what `refqlora compare` writes, got None"),
+    (lambda facts: facts.update(methods=[]), "methods: expected what `refqlora compare` writes, got []"),
+    (lambda facts: facts.update(merging=3), "merging: expected what `refqlora compare` writes, got 3"),
+    (lambda facts: facts["methods"][1].update(new_after=None), "methods[1]: new_after: expected a number, got None"),
+    (lambda facts: facts["methods"].append("full"), "trainable: expected a number, got 'full'"),
+    (lambda facts: facts["methods"][1].update(rank="x"), "methods[1]: expected a method and its rank, got"),
+    (lambda facts: facts["merging"].update(nf4={"loss": 1}), "merging: nf4: expected numbers by name, got"),
+    (lambda facts: facts["modularity"].update(none=[1]), "modularity: none: expected numbers by name, got [1]"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILT)
+def test_facts_of_another_shape_are_refused(spoil, said, tmp_path):
+    facts = measured()
+    spoil(facts)
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"compare.json: .*{re.escape(said)}"):
+        measured(path)

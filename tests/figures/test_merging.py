@@ -20,16 +20,16 @@ def test_every_way_has_a_name():
 
 
 def test_the_distances_and_the_losses():
-    left, right = merging_figure(ROWS).axes
-    assert [label.get_text() for label in left.get_yticklabels()] == list(NAMES.values())
-    assert [bar.get_width() for bar in left.patches] == [ROWS[way]["error"] for way in NAMES]
+    upper, lower = merging_figure(ROWS).axes
+    assert [label.get_text() for label in upper.get_yticklabels()] == list(NAMES.values())
+    assert [bar.get_width() for bar in upper.patches] == [ROWS[way]["error"] for way in NAMES]
     np.testing.assert_array_equal(
-        right.collections[-1].get_offsets(), [(ROWS[way]["loss"], i) for i, way in enumerate(NAMES)]
+        lower.collections[-1].get_offsets(), [(ROWS[way]["loss"], i) for i, way in enumerate(NAMES)]
     )
-    assert [text.get_text() for text in left.texts] == ["0.0", "0.0", "0.025", "1.5", "0.75", "1.0"]
-    assert [text.get_text() for text in right.texts] == ["2.812", "2.812", "2.812", "2.750", "2.875", "3.500"]
+    assert [text.get_text() for text in upper.texts] == ["0.0", "0.0", "0.025", "1.5", "0.75", "1.0"]
+    assert [text.get_text() for text in lower.texts] == ["2.812", "2.812", "2.812", "2.750", "2.875", "3.500"]
 
 
 def test_only_the_ways_that_were_measured():
-    left, _ = merging_figure({way: ROWS[way] for way in ("adapter", "nf4", "none")}).axes
-    assert [bar.get_width() for bar in left.patches] == [0, 0.75, 1]
+    upper, _ = merging_figure({way: ROWS[way] for way in ("adapter", "nf4", "none")}).axes
+    assert [bar.get_width() for bar in upper.patches] == [0, 0.75, 1]

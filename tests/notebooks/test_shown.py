@@ -46,7 +46,9 @@ def test_a_table_without_rows():
 
 def test_a_picture_has_its_words():
     shown = picture(methods_figure(method_bytes()), "three methods")
-    assert shown._repr_mimebundle_()["image/png"].startswith(b"\x89PNG")
+    forms, details = shown._repr_mimebundle_()
+    assert forms["image/png"].startswith(b"\x89PNG")
+    assert details == {"image/png": {"alt": "three methods"}}
     assert repr(shown) == "three methods"
 
 
@@ -86,3 +88,25 @@ slider(lambda r: methods_figure(method_bytes(rank=r)), "methods", start={"r": 4}
 def test_a_slider_starts_on_one_of_its_values():
     with pytest.raises(ValueError, match=r"r: expected a start among \(1, 4\), got 3"):
         slider(draw, "methods", start={"r": 3}, r=(1, 4))
+    with pytest.raises(ValueError, match="start: expected values for r, got rank"):
+        slider(draw, "methods", start={"rank": 1}, r=(1, 4))
+
+
+def test_what_cannot_be_shown_is_refused():
+    for thing in (len, "text", np.exp):
+        with pytest.raises(ValueError, match="source: expected Python code, got"):
+            source(thing)
+    with pytest.raises(ValueError, match="source: expected one or more"):
+        source()
+    with pytest.raises(ValueError, match="table: row 1: expected 2 cells, got 1"):
+        table([(1, 2), (3,)], ("a", "b"))
+    with pytest.raises(ValueError, match="table: expected text or a number in a cell, got int64 of shape"):
+        table([(np.arange(2), 1)], ("a", "b"))
+    assert table([("a|b",)], ("x",)).forms["text/markdown"].endswith("| a\\|b |")
+
+
+def test_a_class_without_docstrings():
+    shown = repr(source(quantization.QuantizedTensor, docstring=False))
+    assert '"""' not in shown
+    assert "class QuantizedTensor:\n    packed: Array\n" in shown
+    assert "def size(self) -> int:\n        return" in shown
