@@ -78,3 +78,14 @@ def mended(dy, x, W, A, B, scale):
 def mended(dy, x, W, A, B, scale):
     dz = scale * (dy @ B)
     return dy @ W + dz @ A, dz.T @ x, scale * (dy.T @ (x @ A.T)) / len(x)
+
+
+# exercise 1: root mean squares in place of maxima
+def agrees(found, reference, exact):
+    def size(y):
+        return (np.asarray(y, np.float64) ** 2).mean() ** 0.5
+
+    def d(y):
+        return size(y - exact) / size(exact)
+
+    return size(found - reference) / size(reference) < 1e-5 and d(found) < 1.5 * d(reference) + 2**-20
