@@ -448,7 +448,7 @@ def test_what_a_file_says_is_cut_and_never_obeyed_by_the_terminal(tmp_path, caps
 
 
 def test_a_model_by_its_id_on_the_hub(saved, monkeypatch, capsys):
-    monkeypatch.setattr("refqlora.files.hub._download", lambda repo, revision: saved)
+    monkeypatch.setattr("refqlora.files.hub._download", lambda *_: saved)
     assert inspect("org/model@main", error=False)["model"] == inspect(saved, error=False)["model"]
 
 
