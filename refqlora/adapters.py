@@ -144,12 +144,12 @@ def _started(
 
 
 def adapter_shapes(
-    config: LoraConfig, linears: Iterable[str], weights: Mapping[str, Weight]
+    config: LoraConfig, linears: Iterable[str], weights: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each array of an adapter on `linears`."""
+    """Name and shape of each array of an adapter on `linears`. weights: the shapes of the model's parameters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for linear in linears:
-        (out_features, in_features), rank = weights[linear + ".weight"].shape, config.rank_of(linear)
+        (out_features, in_features), rank = weights[linear + ".weight"], config.rank_of(linear)
         shapes |= {linear + A: (rank, in_features), linear + B: (out_features, rank)}
         if config.dora:
             shapes[linear + MAGNITUDE] = (out_features,)
@@ -173,7 +173,7 @@ def adapter_from_file(
     linears = list(linears)
     with _naming(where):
         chosen = config.matches(linears)
-    shapes = adapter_shapes(config, chosen, weights)
+    shapes = adapter_shapes(config, chosen, {name: weight.shape for name, weight in weights.items()})
     check_shapes(params, shapes, where)
     with _naming(where):
         made = _started(config, chosen, weights, dtype) if config.changes_base else Adapter(config, {})

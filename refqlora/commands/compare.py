@@ -14,12 +14,13 @@ from rich.console import Console
 
 from ..backend import keep_freed_memory
 from ..files.writing import write_json
+from ..memory.setup import take_step
 from ..model import Model
-from ..optim import AdamW, clip_by_global_norm
+from ..optim import AdamW
 from ..text import corpus
 from ..text.dataset import Dataset, batch_indices
 from ..text.encoding import pack
-from ..training import Row, TrainingConfig, evaluate, loss_and_gradients, train
+from ..training import Row, TrainingConfig, evaluate, train
 from .demo import ADAPTER, TRAINING, bundled, docstring_task, measure_step, plain_source, training_config
 from .info import machine
 from .merge import merge_in_memory
@@ -98,9 +99,7 @@ def seconds_in_turns(task: Dataset, seed: int, turns: int) -> list[float]:
         tokens, labels = task.batch(batch_indices(len(task), TRAINING["batch_size"], turn, seed))
         for model, optimizer, taken in zip(models, optimizers, seconds, strict=True):
             begin = time.perf_counter()
-            _, grads = loss_and_gradients(model, tokens, labels)
-            clip_by_global_norm(grads, 1.0)
-            optimizer.step(grads)
+            take_step(model, optimizer, tokens, labels)
             taken.append(time.perf_counter() - begin)
     return [float(np.median(taken)) for taken in seconds]
 

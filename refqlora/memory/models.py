@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters import adapter_shapes
 from ..checks import cut, shown
 from ..config import Config
 from ..files.config_json import config_from_dict, read_config
@@ -76,9 +77,9 @@ def parameter_count(config: Config) -> int:
 
 
 def adapter_size(config: Config, lora: LoraConfig) -> int:
-    """Parameters of A and B on each linear that `lora` matches: the sum of r (in + out)."""
-    shapes = config.shapes()
-    return sum(lora.rank_of(name) * sum(shapes[name + ".weight"]) for name in lora.matches(config.linears()))
+    """Parameters of an adapter: on each linear that `lora` matches, r (in + out) of A and B, and DoRA's magnitudes."""
+    shapes = adapter_shapes(lora, lora.matches(config.linears()), config.shapes())
+    return sum(map(math.prod, shapes.values()))
 
 
 def linear_sizes(config: Config) -> list[int]:

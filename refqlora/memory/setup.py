@@ -85,7 +85,7 @@ class Setup:
             params[name] = four_bits(shape) if name in linears else array(shape, dtype)
         model = Model(config, params, self.dtype)
         if self.method != "full":
-            shapes = adapter_shapes(self.lora, self.lora.matches(config.linears()), params)
+            shapes = adapter_shapes(self.lora, self.lora.matches(config.linears()), config.shapes())
             adapter = Adapter(self.lora, {name: array(shape, self.dtype) for name, shape in shapes.items()})
             model.adapters["default"], model.active = adapter, "default"
         return model
