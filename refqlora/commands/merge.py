@@ -114,23 +114,22 @@ def kept_in_4_bits(model: Model, adapters: Mapping[str, Adapter]) -> dict[str, f
     """
     merging = Model(model.config, model.params, model.dtype)
     merging.adapters = dict(adapters)
-    norms = dict.fromkeys(("weight", "change", "kept", "error"), 0.0)
+    errors, weight = Errors(), 0.0
     changed = codes = 0
     for linear in model.config.linears():
         merged, before = merged_weights(merging, linear), _nf4(model.params[linear + ".weight"], linear)
+        errors.add(linear, merged, model.dtype)
         w = dequantize(before, model.dtype)  # (out, in)
-        change, left = merged.trained - w, dequantize(merged.requantised, model.dtype) - w
-        pairs = {"weight": (w, w), "change": (change, change), "kept": (left, change), "error": (left - change,) * 2}
-        for what, (x, y) in pairs.items():
-            norms[what] += float(np.einsum("oi,oi->", x, y, dtype=np.float64))
+        weight += float(np.einsum("oi,oi->", w, w, dtype=np.float64))
         different = before.packed ^ merged.requantised.packed  # two codes a byte
         changed += int((different >> 4 != 0).sum() + (different & 15 != 0).sum())
         codes += w.size
+    row = errors.facts()["all"]
     return {
-        "change": (norms["change"] / norms["weight"]) ** 0.5,
+        "change": (errors.sums["all"]["change"] / weight) ** 0.5,
         "codes": changed / codes,
-        "kept": norms["kept"] / norms["change"],
-        "error": (norms["error"] / norms["change"]) ** 0.5,
+        "kept": row["kept"],
+        "error": row["requantised"],
     }
 
 
